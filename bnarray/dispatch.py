@@ -1,0 +1,130 @@
+"""From the type of an array to the backend that serves it.
+
+A backend is a module of verbs (see `VERBS`) on whole arrays; what it leaves out, `backends/generic.py` does. It is
+imported by name when the first array of its library arrives, so that no library is imported which the user did not.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
+from typing import Any, TypeAlias
+
+Array: TypeAlias = Any
+Verbs: TypeAlias = Any  # a namespace with a function for each of VERBS
+
+#: What functional, stats and layer ask of a backend; each is documented in `backends/generic.py`.
+VERBS = (
+    *("check", "check_where", "check_out", "overlap"),
+    *("empty_like", "zeros", "copy", "widen", "cast", "parameter_dtype", "freeze", "to_numpy", "convert"),
+    *("moments", "normalize", "grad_sums", "grad_input"),
+    *("merge", "variance", "sum_of_squares", "invstd", "update_stats", "is_finite", "lowest"),
+)
+
+# The part of a type's module before the first dot, where it is not the library's own name.
+_LIBRARY_OF_ROOT = {"jaxlib": "jax"}
+
+_registered: dict[str, ModuleType] = {}
+_verbs_of_library: dict[str, Verbs] = {}
+_verbs_of_type: dict[type, Verbs] = {}
+
+
+def load(name: str) -> ModuleType:
+    """Import a module of `bnarray.backends`."""
+    return import_module(f"bnarray.backends.{name}")
+
+
+def register_backend(name: str, module: ModuleType) -> None:
+    """Add an array library from outside, or replace how one is served.
+
+    Parameters
+    ----------
+    name
+        The library: the first part of the name of the module that defines its array type.
+    module
+        A module, or any object, with functions named like those of ``bnarray/backends/generic.py`` for what the
+        library does better; the others are taken from there.
+
+    Raises
+    ------
+    TypeError
+        If name is no string, or something named like a verb cannot be called.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> import bnarray as bn
+    >>> bn.register_backend("mylibrary", SimpleNamespace())  # everything as the generic backend does it
+    """
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"name is {name!r}; it should be the name of an array library")
+    for verb in VERBS:
+        if not callable(getattr(module, verb, len)):
+            raise TypeError(f"module.{verb} is {getattr(module, verb)!r}; it should be a function")
+    _registered[name] = module
+    _verbs_of_library.pop(name, None)
+    _verbs_of_type.clear()
+
+
+def _verbs(library: str, module: Any) -> Verbs:
+    if library not in _verbs_of_library:
+        generic = load("generic")
+        verbs = {verb: getattr(module, verb, None) or getattr(generic, verb) for verb in VERBS}
+        _verbs_of_library[library] = SimpleNamespace(library=library, **verbs)
+    return _verbs_of_library[library]
+
+
+def _find(kind: type) -> Verbs | None:
+    for base in kind.__mro__:
+        root = base.__module__.partition(".")[0]
+        library = _LIBRARY_OF_ROOT.get(root, root)
+        if library in _registered:
+            return _verbs(library, _registered[library])
+        if library.isidentifier() and find_spec(f"bnarray.backends.{library}") is not None:
+            return _verbs(library, load(library))
+    if hasattr(kind, "__array_namespace__"):
+        return _verbs(kind.__module__.partition(".")[0], load("generic"))
+    return None
+
+
+def backend(x: Array, name: str = "x") -> Verbs:
+    """Return the verbs for x's library; `name` is what x is called in errors.
+
+    Raises
+    ------
+    TypeError
+        If x is no array of a library that follows the Array API standard.
+    """
+    kind = type(x)
+    verbs = _verbs_of_type.get(kind)
+    if verbs is None:
+        verbs = _find(kind)
+        if verbs is None:
+            raise TypeError(
+                f"{name} is a {kind.__module__}.{kind.__qualname__}; it should be an array of NumPy, or of a library "
+                f"that follows the Array API standard: convert it, for example by numpy.asarray"
+            )
+        _verbs_of_type[kind] = verbs
+    return verbs
+
+
+def default_backend() -> Verbs:
+    """Return the verbs for NumPy, where state lives unless it is told otherwise."""
+    return _verbs("numpy", load("numpy"))
+
+
+def same_backend(verbs: Verbs, **arrays: Array) -> None:
+    """Check that every array that is not None belongs to the library of x, whose verbs are given.
+
+    Raises
+    ------
+    TypeError
+        Naming both libraries and the conversion.
+    """
+    for name, array in arrays.items():
+        if array is not None and _verbs_of_type.get(type(array)) is not verbs:
+            other = backend(array, name)
+            if other is not verbs:
+                raise TypeError(
+                    f"{name} is an array of {other.library} and x one of {verbs.library}; convert one of them, for "
+                    f"example by {verbs.library}'s from_dlpack({name})"
+                )

@@ -1,0 +1,89 @@
+"""Compilation on first use, through the disk."""
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+from bnarray.kernels import disk  # isort: skip  # before any other kernel module: it takes the sources' digest
+from numba import config, njit, types
+from numba.core.caching import _Cache
+from numba.core.compiler import CompileResult
+from numba.core.registry import cpu_target
+from numba.core.serialize import dumps
+
+# The caller's Numba settings that change the machine code; those of the processor are in the codegen's own tuple.
+_SETTINGS = ("OPT", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "ENABLE_AVX")
+
+# `reassoc` lets sums be vectorised. NaN and infinity keep their meaning: neither `nnan` nor `ninf` is given.
+_SUMMING = {"reassoc", "nsz", "contract"}
+
+#: Decorators of the functions that kernels are made of.
+summing = njit(fastmath=_SUMMING, error_model="numpy", nogil=True)
+mapping = njit(fastmath={"contract"}, error_model="numpy", nogil=True)
+machinery = njit(error_model="numpy", nogil=True)
+
+# The types that kernels' arguments are made of. Inputs are read-only types, which writable arrays convert to.
+index = types.int64
+number = types.float64
+flag = types.boolean
+vector = types.Array(types.float64, 1, "C", readonly=True)
+table = types.Array(types.int64, 2, "C", readonly=True)
+indices = types.Array(types.int64, 1, "C", readonly=True)
+counter = types.Array(types.int64, 1, "C")
+partials = types.Array(types.float64, 2, "C")
+results = types.Array(types.float64, 1, "C")
+
+
+class _OnDisk(_Cache):  # type: ignore[misc]  # Numba is not typed throughout
+    """Numba's interface to a cache, over `disk`.
+
+    Numba's own ``cache=True`` does not see an edit in another file, and lets processes that start together overwrite
+    each other's files; here a kernel is one file, under a folder named after everything it was made from.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    @property
+    def cache_path(self) -> str:
+        return str(disk.folder())
+
+    def _target(self) -> str:
+        codegen = cpu_target.target_context.codegen()
+        settings = [(name, getattr(config, name, None)) for name in _SETTINGS]
+        return f"{codegen.magic_tuple()} {settings}"
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        target_context.refresh()
+        payload = disk.load(self._name, self._target())
+        return None if payload is None else CompileResult._rebuild(target_context, *pickle.loads(payload))
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        disk.save(self._name, self._target(), dumps(data._reduce()))
+
+    def enable(self) -> None: ...
+
+    def disable(self) -> None: ...
+
+    def flush(self) -> None: ...
+
+
+class Kernel:
+    """A function with one signature, compiled (or loaded from disk) when it is first called."""
+
+    def __init__(self, name: str, signature: Any, function: Callable[..., Any]) -> None:
+        self._signature = signature
+        self._dispatcher = njit(nogil=True, error_model="numpy")(function)
+        self._dispatcher._cache = _OnDisk(name)
+        self._compiled: Callable[..., Any] | None = None
+
+    @property
+    def compiled(self) -> Callable[..., Any]:
+        if self._compiled is None:
+            self._dispatcher.compile(self._signature)
+            self._dispatcher.disable_compile()
+            self._compiled = self._dispatcher
+        return self._compiled
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.compiled(*arguments)

@@ -1,0 +1,256 @@
+"""Between the caller's memory and tiles.
+
+A tile is a small contiguous array of float32 or float64 that fits the nearest cache. Where the caller's memory already
+is one, the tile is a view of it; everything else (strides, half precision, unaligned addresses) is copied into a buffer
+of one tile, a copy whose cost disappears behind the memory bus.
+"""
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, types
+from numba.extending import intrinsic
+
+from bnarray.kernels.cpu.compiled import Kernel, machinery, mapping
+
+FLOAT16, BFLOAT16, FLOAT32, FLOAT64, BOOL = range(5)
+
+
+@intrinsic
+def _pointer(typingctx, address, like):
+    """The address as a pointer to values of like's type."""
+    pointer = types.CPointer(like)
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(pointer))
+
+    return pointer(types.int64, like), codegen
+
+
+@intrinsic
+def _peek(typingctx, address, like):
+    """The value of like's type at any address, aligned or not."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], context.get_value_type(like).as_pointer())
+        return builder.load(pointer, align=1)
+
+    return like(types.int64, like), codegen
+
+
+@intrinsic
+def _poke(typingctx, address, value):
+    """Write the value at any address, aligned or not."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], args[1].type.as_pointer())
+        builder.store(args[1], pointer, align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, value), codegen
+
+
+@intrinsic
+def _single_of_bits(typingctx, bits):
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic
+def _bits_of_single(typingctx, value):
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), codegen
+
+
+@machinery
+def view(address, size, like):
+    """The contiguous array of like's type at an aligned address."""
+    return carray(_pointer(address, like), (size,))
+
+
+def _address_of(x):
+    return x.ctypes.data
+
+
+#: By kind, the address of an array without axes (halves viewed as integers): half of what asking NumPy costs, which
+#: makes an object for it.
+address_of = [
+    Kernel(f"address_of_{kind}", types.int64(types.Array(kind, 0, "C", readonly=True, aligned=False)), _address_of)
+    for kind in (types.uint16, types.uint16, types.float32, types.float64, types.boolean)
+]
+
+
+# Conversions. Integers only, so that they are the same on every processor, and vectorised by the compiler.
+# float16: 1 sign, 5 exponent, 10 fraction bits; bfloat16: the upper half of a float32. To the nearest, ties to even.
+
+
+@machinery
+def _same(value):
+    return value
+
+
+@machinery
+def _of_bool(value):
+    return np.float32(value != 0)
+
+
+@machinery
+def _of_bfloat(half):
+    return _single_of_bits(np.uint32(half) << np.uint32(16))
+
+
+@machinery
+def _to_bfloat(value):
+    bits = _bits_of_single(np.float32(value))
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+    quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x40)
+    return np.uint16(quiet_nan if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else rounded)
+
+
+_SCALE_OF_HALF = np.float32(2.0**112)  # moves a float16's exponent, read as a float32's, to its place
+_SMALLEST_NORMAL_HALF = np.uint32(113 << 23)
+_BEYOND_HALF = np.uint32(143 << 23)  # 2¹⁶
+_ROUNDS_SUBNORMALS = np.uint32(126 << 23)  # 0.5: added, it leaves a float16 subnormal's bits at the bottom
+
+
+@machinery
+def _of_half(half):
+    magnitude = np.uint32(half & np.uint16(0x7FFF)) << np.uint32(13)
+    sign = np.uint32(half & np.uint16(0x8000)) << np.uint32(16)
+    finite = _bits_of_single(_single_of_bits(magnitude) * _SCALE_OF_HALF)
+    special = magnitude | np.uint32(0x7F800000)
+    return _single_of_bits(sign | (special if magnitude >= np.uint32(0x0F800000) else finite))
+
+
+@machinery
+def _to_half(value):
+    bits = _bits_of_single(np.float32(value))
+    sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
+    magnitude = bits & np.uint32(0x7FFFFFFF)
+    odd = (magnitude >> np.uint32(13)) & np.uint32(1)
+    normal = np.uint32(magnitude - np.uint32(112 << 23) + np.uint32(0xFFF) + odd) >> np.uint32(13)
+    shifted = _single_of_bits(magnitude) + _single_of_bits(_ROUNDS_SUBNORMALS)
+    subnormal = np.uint32(_bits_of_single(shifted) - _ROUNDS_SUBNORMALS)
+    special = np.uint32(0x7E00) if magnitude > np.uint32(0x7F800000) else np.uint32(0x7C00)
+    finite = subnormal if magnitude < _SMALLEST_NORMAL_HALF else normal
+    return np.uint16(sign | (special if magnitude >= _BEYOND_HALF else finite))
+
+
+def _reader(like, convert):
+    """Make the function that reads `line.size` elements of like's type, `step` bytes apart, into a line of a tile."""
+    item = like.itemsize
+
+    @mapping
+    def read(address, step, line):
+        if step == item and address % item == 0:
+            source = view(address, line.size, like)
+            for i in range(line.size):
+                line[i] = convert(source[i])
+        else:
+            for i in range(line.size):
+                line[i] = convert(_peek(address + i * step, like))
+
+    return read
+
+
+def _writer(like, convert):
+    """Make the function that writes a line of a tile to elements of like's type, `step` bytes apart."""
+    item = like.itemsize
+    kind = type(like)
+
+    @mapping
+    def write(line, address, step):
+        if step == item and address % item == 0:
+            target = view(address, line.size, like)
+            for i in range(line.size):
+                target[i] = convert(line[i])
+        else:
+            for i in range(line.size):
+                _poke(address + i * step, kind(convert(line[i])))
+
+    return write
+
+
+_read_half, _write_half = _reader(np.uint16(0), _of_half), _writer(np.uint16(0), _to_half)
+_read_bfloat, _write_bfloat = _reader(np.uint16(0), _of_bfloat), _writer(np.uint16(0), _to_bfloat)
+_read_single, _write_single = _reader(np.float32(0), _same), _writer(np.float32(0), _same)
+_read_double, _write_double = _reader(np.float64(0), _same), _writer(np.float64(0), _same)
+_read_bool = _reader(np.uint8(0), _of_bool)
+
+
+@machinery
+def _read(address, step, kind, line):
+    if kind == FLOAT32:
+        _read_single(address, step, line)
+    elif kind == FLOAT64:
+        _read_double(address, step, line)
+    elif kind == FLOAT16:
+        _read_half(address, step, line)
+    elif kind == BFLOAT16:
+        _read_bfloat(address, step, line)
+    else:
+        _read_bool(address, step, line)
+
+
+@machinery
+def _write(line, address, step, kind):
+    if kind == FLOAT32:
+        _write_single(line, address, step)
+    elif kind == FLOAT64:
+        _write_double(line, address, step)
+    elif kind == FLOAT16:
+        _write_half(line, address, step)
+    else:
+        _write_bfloat(line, address, step)
+
+
+@machinery
+def _is_tile(address, steps, rows, columns, kind, buffer):
+    """Whether the memory already is a tile: of the buffer's type, aligned, contiguous."""
+    item = buffer.itemsize
+    down, across = steps
+    native = FLOAT32 if item == 4 else FLOAT64
+    contiguous = (columns == 1 or across == item) and (rows == 1 or down == columns * item)
+    return kind == native and address % item == 0 and contiguous
+
+
+@machinery
+def load(address, steps, rows, columns, kind, buffer):
+    """The flat tile of rows × columns elements at the address, `steps` = (down, across) bytes apart."""
+    down, across = steps
+    if _is_tile(address, steps, rows, columns, kind, buffer):
+        return view(address, rows * columns, buffer.dtype.type(0))
+    if columns == 1:
+        _read(address, down, kind, buffer[:rows])
+    else:
+        for row in range(rows):
+            _read(address + row * down, across, kind, buffer[row * columns : (row + 1) * columns])
+    return buffer[: rows * columns]
+
+
+@machinery
+def target(address, steps, rows, columns, kind, buffer, in_place):
+    """The flat tile to write before `store`: the memory itself where it can be.
+
+    In place it never is: reading and writing one address would keep the loops from being vectorised.
+    """
+    if not in_place and _is_tile(address, steps, rows, columns, kind, buffer):
+        return view(address, rows * columns, buffer.dtype.type(0))
+    return buffer[: rows * columns]
+
+
+@machinery
+def store(tile, address, steps, rows, columns, kind):
+    """Bring a tile that `target` gave to its memory, where it is not there already."""
+    down, across = steps
+    if tile.ctypes.data == address:
+        return
+    if columns == 1:
+        _write(tile, address, down, kind)
+    else:
+        for row in range(rows):
+            _write(tile[row * columns : (row + 1) * columns], address + row * down, across, kind)

@@ -1,0 +1,87 @@
+"""Threads. The pieces of a kernel's work are taken from a shared counter by whoever is free.
+
+Not by Numba's own threads: its workqueue layer aborts the process when two Python threads enter it at once, its OpenMP
+layer kills a forked child that does and, when another program holds a core, waits for the worker that lost it. Here the
+caller works too, and a helper that did not get a core in time is never waited for.
+"""
+
+import os
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from bnarray.kernels.cpu.compiled import Kernel, machinery
+
+# Below this many pieces a helper that wakes up finds too little left: handing out costs 60 to 150 µs, a piece 5 to 20.
+WORTH_SHARING = 32
+
+_executor: ThreadPoolExecutor | None = None
+
+
+@intrinsic
+def _fetch_add_one(typingctx, counter):
+    """Atomically add one to the first element; return what it was."""
+
+    def codegen(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.atomic_rmw("add", data, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(counter), codegen
+
+
+@machinery
+def take(counter):
+    """The number of a piece that nobody has taken yet."""
+    return _fetch_add_one(counter)
+
+
+def threads() -> int:
+    """Return Numba's number of threads for the current thread, without starting Numba's own."""
+    try:
+        numba.threading_layer()
+    except ValueError:  # not started, so numba.set_num_threads was never called either
+        return int(numba.config.NUMBA_NUM_THREADS)
+    return int(numba.get_num_threads())
+
+
+def _forget() -> None:
+    """A forked child has none of its parent's threads."""
+    global _executor
+    _executor = None
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def _helpers(number: int, kernel: Any, arguments: tuple[Any, ...]) -> list[Future[None]]:
+    global _executor
+    if _executor is None:
+        most = max(1, int(numba.config.NUMBA_NUM_THREADS) - 1)
+        _executor = ThreadPoolExecutor(most, thread_name_prefix="bnarray")
+    try:
+        return [_executor.submit(kernel, *arguments) for _ in range(number)]
+    except RuntimeError:  # the interpreter is shutting down and starts no more threads
+        return []
+
+
+def run(kernel: Kernel, pieces: int, *arguments: Any) -> None:
+    """Call ``kernel(counter, *arguments)`` from as many threads as are worth it; return when all pieces are done."""
+    compiled = kernel.compiled
+    counter = np.zeros(1, np.int64)
+    helpers = min(threads(), pieces) - 1 if pieces >= WORTH_SHARING else 0
+    if helpers <= 0:
+        compiled(counter, *arguments)
+        return
+    futures = _helpers(helpers, compiled, (counter, *arguments))
+    try:
+        compiled(counter, *arguments)
+    finally:
+        started = [future for future in futures if not future.cancel()]
+        wait(started)
+    for future in started:
+        future.result()

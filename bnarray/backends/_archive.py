@@ -1,0 +1,54 @@
+"""Saved statistics: an `.npz` file of plain arrays and a line of JSON, written whole or not at all."""
+
+import json
+import os
+import tempfile
+import zipfile
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_FORMAT, _VERSION = "bnarray.RunningStats", 1
+_SETTINGS = {"update_rate", "correction", "nonfinite", "num_updates", "num_skipped"}
+
+
+def write(path: str | os.PathLike[str], arrays: dict[str, Any], **settings: Any) -> None:
+    """Write arrays and settings beside path, then rename."""
+    about = json.dumps({"format": _FORMAT, "version": _VERSION, **settings})
+    place = os.path.abspath(os.fspath(path))
+    handle, beside = tempfile.mkstemp(dir=os.path.dirname(place), prefix=f"{os.path.basename(place)}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, about=np.array(about), **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(beside, 0o666 & ~mask)  # as an ordinary new file, not mkstemp's private one
+        os.replace(beside, place)
+    except BaseException:
+        os.unlink(beside)
+        raise
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    """Return the arrays and settings of a file that `write` made."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array")
+            about = json.loads(str(archive["about"]))
+            if about.pop("format") != _FORMAT:
+                raise ValueError("it holds something else")
+            version = about.pop("version")
+            if version != _VERSION:
+                raise ValueError(f"its version is {version}; this bnarray reads version {_VERSION}")
+            if set(about) != _SETTINGS:
+                raise ValueError("its settings are not those of this version")
+            arrays = {name: archive[name] for name in archive.files if name != "about"}
+            if not {"mean", "var", "count"} <= arrays.keys():
+                raise ValueError("an array is missing")
+            return arrays, about
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{os.fspath(path)} holds no statistics saved by bnarray: {error}") from error

@@ -1,0 +1,153 @@
+"""The adapter between libraries that hand out strided memory and the CPU kernels.
+
+Arrays come as `Memory`, per-feature vectors as flat NumPy arrays of float64. Planning (which tiles, in which order) is
+cached per combination of shapes, axes and strides; execution is one kernel call a verb.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from bnarray.kernels.cpu import gate, grad_input, grad_sums, memory, moments, normalize, pool
+from bnarray.layout import layout
+
+Vector: TypeAlias = npt.NDArray[np.float64]
+
+
+class Memory(NamedTuple):
+    """An array, as kernels see it: an address, one of the kinds of `kernels.cpu.memory`, sizes and strides in bytes."""
+
+    address: int
+    kind: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+NONE = 0  # the address of an operand that a kernel does not read
+
+
+class _Plan(NamedTuple):
+    is_columns: bool
+    groups: int
+    pieces: int
+    grid: npt.NDArray[np.int64]
+    axes: npt.NDArray[np.int64]
+
+
+@lru_cache(maxsize=4096)
+def _plan(shape: tuple[int, ...], kept: tuple[int, ...], *strides: tuple[int, ...]) -> _Plan:
+    seen = layout(shape, kept, *strides)
+    tiling = seen.tiling()
+    columns = (seen.down, seen.inner, *seen.outer[:-1], *seen.features)
+    axes = np.array([[axis.size for axis in columns], *zip(*(axis.strides for axis in columns), strict=True)], np.int64)
+    depth, width = tiling.depth, tiling.width
+    features_at = 1 + len(seen.outer)
+    grid = np.array(
+        [
+            *(tiling.is_columns, depth, width, depth * width),
+            *(tiling.chunks, tiling.spans, tiling.chunks_per_group, tiling.spans_per_block),
+            *(tiling.blocks, tiling.pieces, features_at),
+        ],
+        np.int64,
+    )
+    return _Plan(tiling.is_columns, tiling.groups, tiling.pieces, grid, axes)
+
+
+def _tile_type(x: Memory) -> Any:
+    return np.float64 if x.kind == memory.FLOAT64 else np.float32
+
+
+def find_moments(
+    x: Memory, kept: tuple[int, ...], features: int, where: Memory | None
+) -> tuple[Vector, Vector, Vector]:
+    """Return (count, mean, m2) of every feature."""
+    if where is None:
+        plan, where_at, where_kind = _plan(x.shape, kept, x.strides), NONE, memory.BOOL
+    else:
+        plan, where_at, where_kind = _plan(x.shape, kept, x.strides, where.strides), where.address, where.kind
+    sums = np.zeros((3, plan.groups, features))
+    count, mean, m2 = sums
+    kernel = moments.kernel(_tile_type(x), plan.is_columns, where is not None)
+    pool.run(kernel, plan.pieces, plan.grid, plan.axes, x.address, x.kind, where_at, where_kind, count, mean, m2)
+    if plan.groups > 1:
+        moments.merge_groups(count, mean, m2)
+    return count[0], mean[0], m2[0]
+
+
+def write_normalized(
+    x: Memory,
+    kept: tuple[int, ...],
+    mean: Vector,
+    scale: Vector,
+    bias: Vector,
+    relu: bool,
+    residual: Memory | None,
+    y: Memory,
+) -> None:
+    """Write (x − mean) · scale + bias (+ residual, with ReLU) to y."""
+    added = x if residual is None else residual
+    plan = _plan(x.shape, kept, x.strides, y.strides, added.strides)
+    in_place = y.address in (x.address, added.address)
+    kernel = normalize.kernel(_tile_type(x), plan.is_columns, residual is not None)
+    addresses = x.address, y.address, added.address
+    pool.run(kernel, plan.pieces, plan.grid, plan.axes, *addresses, x.kind, in_place, mean, scale, bias, relu)
+
+
+def _gate(relu: bool, residual: Memory | None) -> int:
+    return gate.OPEN if not relu else gate.RELU if residual is None else gate.RELU_ONTO
+
+
+def find_grad_sums(
+    dy: Memory,
+    x: Memory,
+    kept: tuple[int, ...],
+    mean: Vector,
+    invstd: Vector,
+    scale: Vector,
+    bias: Vector,
+    relu: bool,
+    residual: Memory | None,
+) -> tuple[Vector, Vector]:
+    """Return Σ dz and Σ dz · x̂ of every feature; dz is dy, or what of it passes ReLU."""
+    added = x if residual is None else residual
+    plan = _plan(x.shape, kept, x.strides, dy.strides, added.strides)
+    sum_dz, sum_dz_x = np.zeros((2, plan.groups, mean.size))
+    kernel = grad_sums.kernel(_tile_type(x), plan.is_columns, _gate(relu, residual))
+    addresses = x.address, dy.address, added.address
+    vectors = mean, scale, bias, sum_dz, sum_dz_x
+    pool.run(kernel, plan.pieces, plan.grid, plan.axes, *addresses, x.kind, dy.kind, *vectors)
+    grad_sums.add_groups(sum_dz, sum_dz_x, invstd)
+    return sum_dz[0], sum_dz_x[0]
+
+
+def write_grad_input(
+    dy: Memory,
+    x: Memory,
+    kept: tuple[int, ...],
+    mean: Vector,
+    invstd: Vector,
+    scale: Vector,
+    bias: Vector,
+    relu: bool,
+    residual: Memory | None,
+    where: Memory | None,
+    means: npt.NDArray[np.float64] | None,
+    dx: Memory,
+    dresidual: Memory | None,
+) -> None:
+    """Write the gradient of x to dx and, under ReLU, the residual's to dresidual.
+
+    `means` are the sums of `find_grad_sums` over the count; None where the statistics were constants.
+    """
+    statistics = grad_input.CONSTANT if means is None else grad_input.BATCH if where is None else grad_input.WEIGHTED
+    operands = [each or x for each in (dy, dx, where, residual, dresidual)]
+    plan = _plan(x.shape, kept, x.strides, *(each.strides for each in operands))
+    kernel = grad_input.kernel(_tile_type(x), plan.is_columns, _gate(relu, residual), statistics)
+    addresses = x.address, *(each.address for each in operands)
+    kinds = x.kind, dy.kind, x.kind if where is None else where.kind
+    mean_dz, mean_dz_x = (mean, mean) if means is None else means
+    vectors = mean, invstd, scale, bias, mean_dz, mean_dz_x
+    in_place = dx.address == dy.address
+    pool.run(kernel, plan.pieces, plan.grid, plan.axes, *addresses, *kinds, in_place, *vectors)

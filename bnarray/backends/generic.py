@@ -1,0 +1,376 @@
+"""The verbs in pure Array API, for any library: the fallback, and the truth that tests compare with.
+
+Per-feature arrays (mean, m2, invstd, weight, bias, sums) are float64 of the features' shape; a count is a number, or an
+array of that shape under a mask that differs between features. `kept` are the feature axes, ascending.
+"""
+
+from math import nan, prod
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace, device, size
+
+from bnarray.dispatch import Array
+from bnarray.kernels.merge import merge as _merge
+from bnarray.layout import along_features, broadcasts, varies_along
+
+Count = Any  # a number or an array
+
+# NaN and infinity are values here, in the libraries that are NumPy underneath too.
+_quiet = np.errstate(all="ignore")
+
+
+def _wide(x: Array) -> Array:
+    xp = array_namespace(x)
+    return xp.astype(x, xp.float64)
+
+
+def _features_last(x: Array, kept: tuple[int, ...]) -> Array:
+    """x as (elements, features)."""
+    xp = array_namespace(x)
+    reduced = tuple(i for i in range(x.ndim) if i not in kept)
+    features = prod(x.shape[i] for i in kept)
+    return xp.reshape(xp.permute_dims(x, (*reduced, *kept)), (size(x) // features, features))
+
+
+def _along(x: Array, kept: tuple[int, ...], of_features: Array) -> Array:
+    """A per-feature array, shaped to broadcast against x."""
+    return array_namespace(x).reshape(of_features, along_features(x.shape, kept))
+
+
+def _weights(x: Array, where: Array) -> Array:
+    xp = array_namespace(x)
+    return xp.broadcast_to(_wide(where), x.shape)
+
+
+# -- Arrays ------------------------------------------------------------------------------------------------------------
+
+
+def check(x: Array, name: str) -> None:
+    """Raise unless x is a real floating array.
+
+    Raises
+    ------
+    TypeError
+        If its dtype is of another kind.
+    """
+    if not array_namespace(x).isdtype(x.dtype, "real floating"):
+        raise TypeError(f"{name} has dtype {x.dtype}; it should be real floating: convert it by astype")
+
+
+def check_where(x: Array, where: Array) -> None:
+    """Raise unless where is a mask, or weights that are numbers and not negative, and broadcasts to x.
+
+    Raises
+    ------
+    TypeError
+        If its dtype is neither boolean nor real floating.
+    ValueError
+        If its shape does not broadcast to x's, or a weight is negative, infinite or NaN.
+    """
+    xp = array_namespace(x)
+    if not broadcasts(where.shape, x.shape):
+        raise ValueError(f"where has shape {tuple(where.shape)}; it should broadcast to x's, {tuple(x.shape)}")
+    if xp.isdtype(where.dtype, "bool"):
+        return
+    if not xp.isdtype(where.dtype, "real floating"):
+        raise TypeError(f"where has dtype {where.dtype}; it should be boolean (a mask) or real floating (weights)")
+    if not bool(xp.all((where >= 0) & xp.isfinite(where))):
+        raise ValueError("where holds a weight that is negative, infinite or NaN; weights should be >= 0")
+
+
+def check_out(out: Array, x: Array, allowed: dict[str, Array], forbidden: dict[str, Array]) -> None:
+    """Raise unless a result like x can be written into out.
+
+    It may be one of `allowed` itself; any other overlap is refused (a library without addresses tells by identity).
+
+    Raises
+    ------
+    TypeError
+        If its dtype is not x's.
+    ValueError
+        If its shape is not x's, or it overlaps an input.
+    """
+    if out.dtype != x.dtype:
+        raise TypeError(f"out has dtype {out.dtype}; it should have x's, {x.dtype}")
+    if tuple(out.shape) != tuple(x.shape):
+        raise ValueError(f"out has shape {tuple(out.shape)}; it should have x's, {tuple(x.shape)}")
+    for name, array in forbidden.items():
+        if out is array:
+            raise ValueError(f"out is {name}, which is still needed; give it memory of its own")
+
+
+def overlap(a: Array, b: Array) -> bool:
+    """Whether writing to a may change b; a library without addresses can only tell by identity."""
+    return a is b
+
+
+def empty_like(x: Array) -> Array:
+    """Return an uninitialised array of x's shape, dtype, device and, where the library has one, memory layout."""
+    return array_namespace(x).empty_like(x)
+
+
+def zeros(shape: tuple[int, ...], like: Array) -> Array:
+    """Return zeros of float64 on like's device."""
+    xp = array_namespace(like)
+    return xp.zeros(shape, dtype=xp.float64, device=device(like))
+
+
+def copy(x: Array) -> Array:
+    """Return x in memory of its own."""
+    return array_namespace(x).asarray(x, copy=True)
+
+
+def widen(x: Array) -> Array:
+    """Return a copy of a per-feature array, in float64."""
+    xp = array_namespace(x)
+    return xp.astype(x, xp.float64, copy=True)
+
+
+def cast(x: Array, dtype: Any) -> Array:
+    """Return x in dtype."""
+    return array_namespace(x).astype(x, dtype, copy=False)
+
+
+def parameter_dtype(like: Array) -> Any:
+    """Return the dtype in which parameters like an array are kept: its own, but float32 at least."""
+    xp = array_namespace(like)
+    return xp.float64 if like.dtype == xp.float64 else xp.float32
+
+
+def freeze(x: Array) -> Array:
+    """Make x immutable, where the library can; return it."""
+    return x
+
+
+def to_numpy(x: Array) -> Any:
+    """Return a copy of x as a NumPy array."""
+    return np.array(np.from_dlpack(x), copy=True)
+
+
+def convert(x: Array, like: Array) -> Array:
+    """Return a per-feature array of any library as one of like's, on its device."""
+    from bnarray.dispatch import backend
+
+    xp = array_namespace(like)
+    if type(x) is type(like):
+        return xp.asarray(x, device=device(like))
+    return xp.asarray(backend(x).to_numpy(x), dtype=xp.float64, device=device(like))
+
+
+# -- Forward -----------------------------------------------------------------------------------------------------------
+
+
+@_quiet
+def moments(x: Array, kept: tuple[int, ...], where: Array | None) -> tuple[Count, Array, Array]:
+    """Return (count, mean, m2) of each feature; elements of weight 0 are not looked at."""
+    xp = array_namespace(x)
+    shape = tuple(x.shape[i] for i in kept)
+    values = _features_last(_wide(x), kept)
+    if where is None:
+        count: Count = values.shape[0]
+        center = xp.mean(values, axis=0)
+        deviations = values - center
+        drift = xp.mean(deviations, axis=0)
+        m2 = xp.sum(deviations * deviations, axis=0) - count * drift * drift
+        return count, xp.reshape(center + drift, shape), xp.reshape(m2, shape)
+    weights = _features_last(_weights(x, where), kept)
+    zero = xp.zeros_like(values)
+    count = xp.sum(weights, axis=0)
+    divisor = xp.where(count == 0, xp.ones_like(count), count)
+    center = xp.sum(weights * xp.where(weights != 0, values, zero), axis=0) / divisor
+    deviations = xp.where(weights != 0, values - center, zero)
+    drift = xp.sum(weights * deviations, axis=0) / divisor
+    m2 = xp.sum(weights * deviations * deviations, axis=0) - count * drift * drift
+    count = xp.reshape(count, shape) if varies_along(where.shape, x.ndim, kept) else float(count[0])
+    return count, xp.reshape(center + drift, shape), xp.reshape(m2, shape)
+
+
+@_quiet
+def variance(count: Count, m2: Array, correction: float, otherwise: float = nan) -> Array:
+    """Return m2 / (count − correction), or `otherwise` where the count does not exceed the correction."""
+    xp = array_namespace(m2)
+    divisor = count - correction + xp.zeros_like(m2)
+    return xp.where(divisor > 0, m2 / divisor, xp.full_like(m2, otherwise))
+
+
+@_quiet
+def sum_of_squares(count: Count, var: Array, correction: float) -> Array:
+    """Return the m2 of which `variance` made var; 0 where it did not use it."""
+    xp = array_namespace(var)
+    divisor = count - correction + xp.zeros_like(var)
+    return xp.where(divisor > 0, var * divisor, xp.zeros_like(var))
+
+
+@_quiet
+def invstd(count: Count, m2: Array, eps: float) -> Array:
+    """Return 1 / √(m2 / count + eps), 0 where the root is 0; the variance of nothing counts as 1."""
+    xp = array_namespace(m2)
+    count = count + xp.zeros_like(m2)
+    var = xp.where(count == 0, xp.ones_like(m2), m2 / count)
+    root = xp.sqrt(var + eps)
+    return xp.where(root == 0, xp.zeros_like(root), 1 / root)
+
+
+def _pre_activation(
+    x: Array,
+    kept: tuple[int, ...],
+    mean: Array,
+    invstd: Array,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+) -> Array:
+    scale = invstd if weight is None else invstd * _wide(weight)
+    z = (_wide(x) - _along(x, kept, mean)) * _along(x, kept, scale)
+    if bias is not None:
+        z = z + _along(x, kept, _wide(bias))
+    return z if residual is None else z + _wide(residual)
+
+
+@_quiet
+def normalize(
+    x: Array,
+    kept: tuple[int, ...],
+    mean: Array,
+    invstd: Array,
+    weight: Array | None,
+    bias: Array | None,
+    relu: bool,
+    residual: Array | None,
+    out: Array | None,
+) -> Array:
+    """Return (x − mean) · invstd · weight + bias (+ residual, with ReLU), in out if it is given."""
+    xp = array_namespace(x)
+    z = _pre_activation(x, kept, mean, invstd, weight, bias, residual)
+    if relu:
+        z = xp.where(z < 0, xp.zeros_like(z), z)
+    y = xp.astype(z, x.dtype)
+    if out is None:
+        return y
+    out[...] = y
+    return out
+
+
+# -- Backward ----------------------------------------------------------------------------------------------------------
+
+
+def _gated(
+    dy: Array,
+    x: Array,
+    kept: tuple[int, ...],
+    mean: Array,
+    invstd: Array,
+    weight: Array | None,
+    bias: Array | None,
+    relu: bool,
+    residual: Array | None,
+) -> Array:
+    """What of dy passes ReLU."""
+    xp = array_namespace(x)
+    dz = _wide(dy)
+    if not relu:
+        return dz
+    z = _pre_activation(x, kept, mean, invstd, weight, bias, residual)
+    return xp.where(z <= 0, xp.zeros_like(dz), dz)
+
+
+@_quiet
+def grad_sums(
+    dy: Array,
+    x: Array,
+    kept: tuple[int, ...],
+    mean: Array,
+    invstd: Array,
+    weight: Array | None,
+    bias: Array | None,
+    relu: bool,
+    residual: Array | None,
+) -> tuple[Array, Array]:
+    """Return Σ dz and Σ dz · x̂ of each feature: the gradients of bias and weight. Where dz is 0, x does not matter."""
+    xp = array_namespace(x)
+    dz = _gated(dy, x, kept, mean, invstd, weight, bias, relu, residual)
+    deviation = _wide(x) - _along(x, kept, mean)
+    product = xp.where(dz == 0, xp.zeros_like(dz), dz * deviation)
+    shape = tuple(x.shape[i] for i in kept)
+    sum_dz = xp.reshape(xp.sum(_features_last(dz, kept), axis=0), shape)
+    return sum_dz, xp.reshape(xp.sum(_features_last(product, kept), axis=0), shape) * invstd
+
+
+@_quiet
+def grad_input(
+    dy: Array,
+    x: Array,
+    kept: tuple[int, ...],
+    mean: Array,
+    invstd: Array,
+    weight: Array | None,
+    bias: Array | None,
+    relu: bool,
+    residual: Array | None,
+    where: Array | None,
+    count: Count | None,
+    sums: tuple[Array, Array] | None,
+    out: Array | None,
+) -> tuple[Array, Array | None]:
+    """Return the gradients of x (in out if it is given) and of the residual.
+
+    `count` and `sums` (those of `grad_sums`) are None where the statistics were constants.
+    """
+    xp = array_namespace(x)
+    dz = _gated(dy, x, kept, mean, invstd, weight, bias, relu, residual)
+    scale = _along(x, kept, invstd if weight is None else invstd * _wide(weight))
+    dx = dz
+    if sums is not None:
+        total = count + xp.zeros_like(mean)
+        total = xp.where(total == 0, xp.ones_like(total), total)
+        x_hat = (_wide(x) - _along(x, kept, mean)) * _along(x, kept, invstd)
+        weights = xp.ones_like(dz) if where is None else _weights(x, where)
+        common = _along(x, kept, sums[0] / total) + x_hat * _along(x, kept, sums[1] / total)
+        dx = dz - xp.where(weights == 0, xp.zeros_like(dz), weights * common)
+    dx = xp.astype(dx * scale, x.dtype)
+    dresidual = None if residual is None else dy if not relu else xp.astype(dz, residual.dtype)
+    if out is None:
+        return dx, dresidual
+    if dresidual is dy is out:
+        dresidual = copy(dy)
+    out[...] = dx
+    return out, dresidual
+
+
+# -- Statistics --------------------------------------------------------------------------------------------------------
+
+merge = _quiet(_merge)
+
+
+def is_finite(*arrays: Array) -> bool:
+    """Whether every number of every array is finite."""
+    return all(bool(array_namespace(array).all(array_namespace(array).isfinite(array))) for array in arrays)
+
+
+def lowest(array: Count) -> float:
+    """Return the smallest number of an array (or the number) that is not 0; 0 if there is none."""
+    if isinstance(array, int | float):
+        return array
+    xp = array_namespace(array)
+    if not bool(xp.any(array != 0)):
+        return 0.0
+    return float(xp.min(xp.where(array != 0, array, xp.full_like(array, float("inf")))))
+
+
+@_quiet
+def update_stats(
+    mean: Array, var: Array, batch: tuple[Count, Array, Array], rate: float, correction: float
+) -> tuple[Array, Array]:
+    """Return the exponential running (mean, var) after a batch of (count, mean, m2).
+
+    ``running += rate · (batch − running)``; a feature of which nothing was counted keeps its values.
+    """
+    xp = array_namespace(mean)
+    count, batch_mean, batch_m2 = batch
+    seen = count + xp.zeros_like(mean) > 0
+    batch_var = variance(count, batch_m2, correction)
+    return (
+        xp.where(seen, mean + rate * (batch_mean - mean), mean),
+        xp.where(seen, var + rate * (batch_var - var), var),
+    )

@@ -1,0 +1,288 @@
+"""NumPy arrays, through the CPU kernels."""
+
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bnarray.backends import _strided
+from bnarray.backends._strided import Memory, Vector
+from bnarray.backends.generic import Count
+from bnarray.dispatch import backend
+from bnarray.kernels.cpu import features, memory
+from bnarray.layout import broadcast_strides, broadcasts, features_shape, varies_along
+
+ndarray = npt.NDArray[Any]
+
+_KINDS = {
+    np.dtype(np.float16): memory.FLOAT16,
+    np.dtype(np.float32): memory.FLOAT32,
+    np.dtype(np.float64): memory.FLOAT64,
+    np.dtype(np.bool): memory.BOOL,
+}
+
+_HALVES = memory.FLOAT16, memory.BFLOAT16
+
+# What takes the first element of an array with so many axes, as an array without any.
+_FIRST: list[Any] = [(*(0,) * ndim, ...) for ndim in range(65)]
+
+# Subclasses whose elements mean what an array's do; the results are plain arrays.
+_PLAIN = (np.ndarray, np.memmap)
+
+
+def _kind(dtype: np.dtype[Any]) -> int | None:
+    kind = _KINDS.get(dtype)
+    if kind is None and dtype.name == "bfloat16":  # from ml_dtypes, which only its user imports
+        kind = _KINDS[dtype] = memory.BFLOAT16
+    return kind
+
+
+def _address(x: ndarray, kind: int) -> int:
+    first = x[_FIRST[x.ndim]]
+    return memory.address_of[kind](first.view(np.uint16) if kind in _HALVES else first)  # type: ignore[no-any-return]
+
+
+def _memory(x: ndarray) -> Memory:
+    kind = _KINDS[x.dtype]
+    return Memory(_address(x, kind), kind, x.shape, x.strides)
+
+
+def _optional(x: ndarray | None) -> Memory | None:
+    return None if x is None else _memory(x)
+
+
+def _where(x: ndarray, where: ndarray | None) -> Memory | None:
+    if where is None:
+        return None
+    strides = broadcast_strides(where.shape, where.strides, x.shape)
+    kind = _KINDS[where.dtype]
+    return Memory(_address(where, kind), kind, x.shape, strides)
+
+
+def _flat(of_features: ndarray) -> Vector:
+    return np.ascontiguousarray(of_features, np.float64).reshape(-1)
+
+
+def _scale_and_bias(invstd: Vector, weight: ndarray | None, bias: ndarray | None) -> tuple[Vector, Vector]:
+    scale = invstd if weight is None else invstd * _flat(weight)
+    return scale, np.zeros(invstd.size) if bias is None else _flat(bias)
+
+
+def _counts(count: Count) -> Vector:
+    return np.array([count], np.float64) if isinstance(count, int | float) else _flat(count)
+
+
+def _check_array(x: ndarray, name: str) -> None:
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array; pass its data as {name} and where=~numpy.ma.getmaskarray({name})")
+    if type(x) not in _PLAIN:
+        kind = type(x)
+        raise TypeError(
+            f"{name} is a {kind.__module__}.{kind.__qualname__}, whose meaning would be lost; it should be a "
+            f"numpy.ndarray: pass numpy.asarray({name})"
+        )
+    if not x.dtype.isnative:
+        raise ValueError(
+            f"{name} has dtype {x.dtype} of foreign byte order; convert it by "
+            f"{name}.astype({name}.dtype.newbyteorder('='))"
+        )
+
+
+def check(x: ndarray, name: str) -> None:
+    if type(x) is not np.ndarray or not x.dtype.isnative:
+        _check_array(x, name)
+    if _kind(x.dtype) in (None, memory.BOOL):
+        raise TypeError(
+            f"{name} has dtype {x.dtype}; it should be float16, bfloat16, float32 or float64: convert it, for "
+            f"example by {name}.astype(numpy.float32)"
+        )
+
+
+def check_where(x: ndarray, where: ndarray) -> None:
+    _check_array(where, "where")
+    if _kind(where.dtype) is None:
+        raise TypeError(f"where has dtype {where.dtype}; it should be boolean (a mask) or floating (weights)")
+    if not broadcasts(where.shape, x.shape):
+        raise ValueError(f"where has shape {where.shape}; it should broadcast to x's, {x.shape}")
+    if where.dtype != np.bool and where.size and not (where.min() >= 0 and where.max() < np.inf):
+        raise ValueError("where holds a weight that is negative, infinite or NaN; weights should be >= 0")
+
+
+def _is_same_memory(a: ndarray, b: ndarray) -> bool:
+    steps = [(s, t) for size, s, t in zip(a.shape, a.strides, b.strides, strict=True) if size > 1]
+    return a.ctypes.data == b.ctypes.data and a.dtype == b.dtype and all(s == t for s, t in steps)
+
+
+def overlap(a: ndarray, b: ndarray) -> bool:
+    if not np.may_share_memory(a, b):
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]  # the stub knows 0 and -1 only
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _repeats(x: ndarray) -> bool:
+    """Whether two elements may have one address."""
+    axes = sorted((abs(step), size) for size, step in zip(x.shape, x.strides, strict=True) if size > 1)
+    extent = x.itemsize
+    for step, size in axes:
+        if step < extent:
+            return True
+        extent = step * (size - 1) + extent
+    return False
+
+
+def check_out(out: ndarray, x: ndarray, allowed: dict[str, ndarray], forbidden: dict[str, ndarray]) -> None:
+    _check_array(out, "out")
+    if out.dtype != x.dtype:
+        raise TypeError(f"out has dtype {out.dtype}; it should have x's, {x.dtype}")
+    if out.shape != x.shape:
+        raise ValueError(f"out has shape {out.shape}; it should have x's, {x.shape}")
+    if not out.flags.writeable:
+        raise TypeError("out is read-only; it should be an array that can be written to")
+    if _repeats(out):
+        raise ValueError(
+            f"out has strides {out.strides}, by which elements overlap; it should have memory for each element"
+        )
+    for name, array in allowed.items():
+        if overlap(out, array) and not _is_same_memory(out, array):
+            raise ValueError(f"out overlaps {name} without being it; pass {name} itself, or memory of its own")
+    for name, array in forbidden.items():
+        if overlap(out, array):
+            raise ValueError(f"out overlaps {name}, which is still needed; give it memory of its own")
+
+
+def empty_like(x: ndarray) -> ndarray:
+    return np.empty_like(x, subok=False)
+
+
+def zeros(shape: tuple[int, ...], like: ndarray) -> ndarray:
+    return np.zeros(shape)
+
+
+def copy(x: ndarray) -> ndarray:
+    return np.array(x, copy=True)
+
+
+def widen(x: ndarray) -> ndarray:
+    return np.array(x, np.float64, order="C")
+
+
+def cast(x: ndarray, dtype: np.dtype[Any]) -> ndarray:
+    with np.errstate(over="ignore"):  # beyond float16 is infinity, as in every array of it
+        return x.astype(dtype, copy=False)
+
+
+def freeze(x: ndarray) -> ndarray:
+    array = np.asarray(x)  # arithmetic turns arrays without axes into scalars
+    array.flags.writeable = False
+    return array
+
+
+def convert(x: Any, like: ndarray) -> ndarray:
+    return x if isinstance(x, np.ndarray) else np.asarray(backend(x).to_numpy(x), np.float64)
+
+
+def to_numpy(x: ndarray) -> ndarray:
+    return np.array(x)
+
+
+def is_finite(*arrays: ndarray) -> bool:
+    return all(features.is_finite(_flat(array)) for array in arrays)
+
+
+def invstd(count: Count, m2: ndarray, eps: float) -> ndarray:
+    result = np.empty(m2.shape)
+    features.invstd(_counts(count), _flat(m2), eps, result.reshape(-1))
+    return result
+
+
+def update_stats(
+    mean: ndarray, var: ndarray, batch: tuple[Count, ndarray, ndarray], rate: float, correction: float
+) -> tuple[ndarray, ndarray]:
+    count, batch_mean, batch_m2 = batch
+    new_mean, new_var = np.empty(mean.shape), np.empty(mean.shape)
+    vectors = _flat(mean), _flat(var), _counts(count), _flat(batch_mean), _flat(batch_m2)
+    features.running(*vectors, rate, correction, new_mean.reshape(-1), new_var.reshape(-1))
+    return new_mean, new_var
+
+
+def moments(x: ndarray, kept: tuple[int, ...], where: ndarray | None) -> tuple[Count, ndarray, ndarray]:
+    shape = features_shape(x.shape, kept)
+    count, mean, m2 = _strided.find_moments(_memory(x), kept, prod(shape), _where(x, where))
+    number: Count = x.size // mean.size
+    if where is not None:
+        number = count.reshape(shape) if varies_along(where.shape, x.ndim, kept) else float(count[0])
+    return number, mean.reshape(shape), m2.reshape(shape)
+
+
+def normalize(
+    x: ndarray,
+    kept: tuple[int, ...],
+    mean: ndarray,
+    invstd: ndarray,
+    weight: ndarray | None,
+    bias: ndarray | None,
+    relu: bool,
+    residual: ndarray | None,
+    out: ndarray | None,
+) -> ndarray:
+    y = empty_like(x) if out is None else out
+    scale, shift = _scale_and_bias(_flat(invstd), weight, bias)
+    _strided.write_normalized(_memory(x), kept, _flat(mean), scale, shift, relu, _optional(residual), _memory(y))
+    return y
+
+
+def grad_sums(
+    dy: ndarray,
+    x: ndarray,
+    kept: tuple[int, ...],
+    mean: ndarray,
+    invstd: ndarray,
+    weight: ndarray | None,
+    bias: ndarray | None,
+    relu: bool,
+    residual: ndarray | None,
+) -> tuple[ndarray, ndarray]:
+    inverse = _flat(invstd)
+    scale, shift = _scale_and_bias(inverse, weight, bias)
+    added = _optional(residual) if relu else None
+    sum_dz, sum_dz_x = _strided.find_grad_sums(
+        _memory(dy), _memory(x), kept, _flat(mean), inverse, scale, shift, relu, added
+    )
+    return sum_dz.reshape(mean.shape), sum_dz_x.reshape(mean.shape)
+
+
+def grad_input(
+    dy: ndarray,
+    x: ndarray,
+    kept: tuple[int, ...],
+    mean: ndarray,
+    invstd: ndarray,
+    weight: ndarray | None,
+    bias: ndarray | None,
+    relu: bool,
+    residual: ndarray | None,
+    where: ndarray | None,
+    count: Count | None,
+    sums: tuple[ndarray, ndarray] | None,
+    out: ndarray | None,
+) -> tuple[ndarray, ndarray | None]:
+    dx = empty_like(x) if out is None else out
+    dresidual = None
+    if residual is not None:
+        # Without ReLU the residual's gradient is dy; it needs memory of its own if dx takes dy's.
+        dresidual = empty_like(x) if relu else copy(dy) if overlap(dx, dy) else dy
+    inverse = _flat(invstd)
+    scale, shift = _scale_and_bias(inverse, weight, bias)
+    means = None
+    if sums is not None:
+        means = np.empty((2, inverse.size))
+        features.means(_counts(count), _flat(sums[0]), _flat(sums[1]), *means)
+    _strided.write_grad_input(
+        _memory(dy), _memory(x), kept, _flat(mean), inverse, scale, shift, relu, _optional(residual) if relu else None,
+        _where(x, where), means, _memory(dx), _optional(dresidual) if relu else None,
+    )  # fmt: skip
+    return dx, dresidual

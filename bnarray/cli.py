@@ -1,0 +1,55 @@
+"""The command line."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from bnarray import __version__
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bnarray", description="Batch normalization for arrays, without a framework.")
+    parser.add_argument("--version", action="version", version=f"bnarray {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    demo = commands.add_parser(
+        "demo",
+        help="see batch normalization at work on real data",
+        description="Normalise scikit-learn's handwritten digits, then train the network of the paper on them, with and "
+        "without batch normalization, at several learning rates. Prints tables and writes a picture.",
+        epilog="example: bnarray demo --seeds 3 --out results",
+    )
+    demo.add_argument("--seeds", type=_positive, default=1, metavar="K", help="train K times, for a spread (default 1)")
+    demo.add_argument("--steps", type=_positive, default=8000, metavar="N", help="steps of training (default 8000)")
+    demo.add_argument(
+        "--out", default="bnarray-demo", metavar="FOLDER", help="where the picture goes (default bnarray-demo)"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        from bnarray import demo
+    except ModuleNotFoundError as error:
+        print(f"bnarray demo needs {error.name}; install it by: pip install 'bnarray[demo]'", file=sys.stderr)
+        return 1
+    try:
+        demo.run(seeds=options.seeds, steps=options.steps, folder=options.out)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # nobody reads any more: not even Python's own complaint at exit
+        return 141
+    except OSError as error:
+        print(f"bnarray demo: {error}", file=sys.stderr)
+        return 1
+    return 0

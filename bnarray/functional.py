@@ -1,0 +1,422 @@
+"""The public functions: validation, and the order of the steps."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from bnarray.dispatch import Array, Verbs, backend, same_backend
+from bnarray.layout import features_shape, kept_axes
+from bnarray.stats import Count, Moments, RunningStats, checked_number, explains_momentum
+
+
+class Gradients(NamedTuple):
+    """The gradients of a call without a residual; weight and bias are None where none was given."""
+
+    x: Array
+    weight: Array | None
+    bias: Array | None
+
+
+class ResidualGradients(NamedTuple):
+    """The gradients of a call with a residual."""
+
+    x: Array
+    weight: Array | None
+    bias: Array | None
+    residual: Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Saved:
+    """What the backward pass needs, and no more.
+
+    `x`, `where` and `residual` are the caller's arrays, not to be modified until then; all else is copies of
+    per-feature vectors in float64. `moments` are the batch's; they, and `count`, are None where the statistics were constants.
+    """
+
+    x: Array
+    kept: tuple[int, ...]
+    mean: Array
+    invstd: Array
+    count: Count | None
+    moments: Moments | None
+    weight: Array | None
+    bias: Array | None
+    weight_dtype: Any
+    bias_dtype: Any
+    where: Array | None
+    relu: bool
+    residual: Array | None
+
+
+@explains_momentum
+def batch_norm(
+    x: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    stats: RunningStats | Moments | None = None,
+    training: bool = True,
+    axis: int | tuple[int, ...] = 1,
+    eps: float = 1e-5,
+    where: Array | None = None,
+    activation: str | None = None,
+    residual: Array | None = None,
+    group: Any = None,
+    out: Array | None = None,
+) -> Array:
+    r"""Normalise x per feature over the batch, then scale and shift.
+
+    .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \mathrm{eps}}} \cdot \mathrm{weight} + \mathrm{bias}
+
+    with the mean and the (biased) variance of each feature over all other axes (Ioffe and Szegedy 2015, algorithm 1).
+
+    Parameters
+    ----------
+    x
+        Array of any supported library: float16, bfloat16, float32 or float64, of any shape and strides.
+    weight, bias
+        γ and β, of the features' shape, in any floating dtype. None is 1 and 0.
+    stats
+        A `RunningStats`, or a `Moments`. With ``training=True`` the batch's own moments normalise, and a `RunningStats`
+        is updated with them. With ``training=False`` the given statistics normalise and nothing is updated.
+    training
+        Whether the batch's own statistics normalise.
+    axis
+        The feature axis, or a tuple of them: the axes that are kept. All others are reduced. The features' shape is x's
+        sizes along the kept axes, in x's order; ``()`` is one feature.
+    eps
+        Added to the variance inside the square root.
+    where
+        Which elements count: a boolean mask, or floating weights >= 0, broadcastable to x. Elements of weight 0 add
+        nothing to the statistics, be they NaN; they are still normalised.
+    activation
+        None or ``"relu"`` (which lets NaN through), applied last.
+    residual
+        Array like x, added before the activation.
+    group
+        Reserved for a communicator of several processes; not available yet.
+    out
+        Array to write into, and what is returned. ``out=x`` and ``out=residual`` are allowed.
+
+    Returns
+    -------
+    array
+        Of x's library, shape, dtype, device and memory layout.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of the wrong kind: integers, lists, masked arrays, mixed libraries.
+    ValueError
+        If a value or shape is wrong. A call that raises has changed nothing.
+
+    See Also
+    --------
+    batch_norm_forward : the same, keeping what the backward pass needs
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import bnarray as bn
+    >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> bn.batch_norm(x, eps=0.0)
+    array([[-1., -1.],
+           [ 1.,  1.]])
+    """
+    call = _checked(x, weight, bias, stats, training, axis, eps, where, activation, residual, group, out)
+    return _forward(call)[0]
+
+
+@explains_momentum
+def batch_norm_forward(
+    x: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    stats: RunningStats | Moments | None = None,
+    training: bool = True,
+    axis: int | tuple[int, ...] = 1,
+    eps: float = 1e-5,
+    where: Array | None = None,
+    activation: str | None = None,
+    residual: Array | None = None,
+    group: Any = None,
+    out: Array | None = None,
+) -> tuple[Array, Saved]:
+    """Do what `batch_norm` does, and keep what `batch_norm_backward` needs.
+
+    Returns
+    -------
+    y : array
+        As `batch_norm` returns it.
+    saved : Saved
+        For `batch_norm_backward`. It refers to x (and where, and the residual under an activation), which should not be
+        modified until then; what ``out`` overwrites is copied first. ``saved.moments`` are the batch's `Moments`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import bnarray as bn
+    >>> y, saved = bn.batch_norm_forward(np.array([[1.0], [3.0]]), eps=0.0)
+    >>> saved.moments.mean
+    array([2.])
+    """
+    call = _checked(x, weight, bias, stats, training, axis, eps, where, activation, residual, group, out)
+    verbs = call.verbs
+    # What is overwritten but needed again: x always, the residual for the sign of what ReLU saw.
+    kept_x = verbs.copy(x) if call.overwrites(x) else x
+    kept_residual = residual
+    if call.relu and residual is not None and call.overwrites(residual):
+        kept_residual = kept_x if residual is x else verbs.copy(residual)
+    copied_weight = None if weight is None else verbs.widen(weight)
+    copied_bias = None if bias is None else verbs.widen(bias)
+    y, mean, invstd, batch = _forward(call)
+    return y, Saved(
+        x=kept_x,
+        kept=call.kept,
+        mean=mean,
+        invstd=invstd,
+        count=None if batch is None else batch.count,
+        moments=batch,
+        weight=copied_weight,
+        bias=copied_bias,
+        weight_dtype=None if weight is None else weight.dtype,
+        bias_dtype=None if bias is None else bias.dtype,
+        where=where,
+        relu=call.relu,
+        residual=kept_residual,
+    )
+
+
+def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) -> Gradients | ResidualGradients:
+    r"""Return the gradients of x, weight and bias (and of the residual, if there was one).
+
+    .. math::
+        dx = \frac{\mathrm{weight}}{\sqrt{\mathrm{var} + \mathrm{eps}}}
+             \left(dy - \frac{1}{n} \sum dy - \hat x \frac{1}{n} \sum dy \, \hat x\right), \quad
+        d\mathrm{weight} = \sum dy \, \hat x, \quad d\mathrm{bias} = \sum dy
+
+    The statistics' own dependence on x is in it (Ioffe and Szegedy 2015, section 3); in evaluation they are constants.
+
+    Parameters
+    ----------
+    dy
+        The gradient of y: of x's shape, with any strides, in any floating dtype.
+    saved
+        What `batch_norm_forward` returned with y.
+    out
+        Array like x to write dx into; ``out=dy`` is allowed.
+
+    Returns
+    -------
+    Gradients or ResidualGradients
+        Named tuple (x, weight, bias[, residual]). dx is in x's dtype, the others in those of what they belong to; None
+        where no weight, or no bias, was given. The residual's gradient may be dy itself.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dy or out do not fit what was saved. Nothing is written then.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import bnarray as bn
+    >>> x = np.array([[1.0], [2.0], [6.0]])
+    >>> y, saved = bn.batch_norm_forward(x, np.ones(1), np.zeros(1))
+    >>> dx, dweight, dbias = bn.batch_norm_backward(np.array([[1.0], [0.0], [0.0]]), saved)
+    >>> dbias
+    array([1.])
+    """
+    if not isinstance(saved, Saved):
+        raise TypeError(f"saved is a {type(saved).__name__}; it should be what batch_norm_forward returned with y")
+    x = saved.x
+    verbs = backend(x)
+    same_backend(verbs, dy=dy, out=out)
+    if dy is None:
+        raise TypeError("dy is None; it should be the gradient of y")
+    verbs.check(dy, "dy")
+    if tuple(dy.shape) != tuple(x.shape):
+        raise ValueError(f"dy has shape {tuple(dy.shape)}; it should have x's, {tuple(x.shape)}")
+    if out is not None:
+        needed = {"x": x, "where": saved.where, "residual": saved.residual if saved.relu else None}
+        verbs.check_out(out, x, {"dy": dy}, {name: array for name, array in needed.items() if array is not None})
+    vectors = saved.kept, saved.mean, saved.invstd, saved.weight, saved.bias, saved.relu, saved.residual
+    if 0 in x.shape:
+        dx, dresidual = (verbs.empty_like(x) if out is None else out), verbs.empty_like(x)
+        sum_dz = sum_dz_x = verbs.zeros(features_shape(x.shape, saved.kept), x)
+    else:
+        sum_dz, sum_dz_x = verbs.grad_sums(dy, x, *vectors)
+        sums = None if saved.count is None else (sum_dz, sum_dz_x)
+        dx, dresidual = verbs.grad_input(dy, x, *vectors, saved.where, saved.count, sums, out)
+    dweight = None if saved.weight is None else verbs.cast(sum_dz_x, saved.weight_dtype)
+    dbias = None if saved.bias is None else verbs.cast(sum_dz, saved.bias_dtype)
+    if saved.residual is None:
+        return Gradients(dx, dweight, dbias)
+    return ResidualGradients(dx, dweight, dbias, dresidual)
+
+
+def moments(x: Array, *, axis: int | tuple[int, ...] = 1, where: Array | None = None, group: Any = None) -> Moments:
+    """Return count, mean and sum of squared deviations of each feature.
+
+    Parameters
+    ----------
+    x, axis, where, group
+        As in `batch_norm`.
+
+    Returns
+    -------
+    Moments
+        In float64. A feature in which nothing counts has count, mean and m2 of 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import bnarray as bn
+    >>> bn.moments(np.array([[1.0, 5.0], [3.0, 5.0]])).var()
+    array([1., 0.])
+    """
+    verbs = backend(x)
+    verbs.check(x, "x")
+    kept = kept_axes(axis, x.ndim)
+    same_backend(verbs, where=where)
+    if where is not None:
+        verbs.check_where(x, where)
+    _check_group(group)
+    return _moments(verbs, x, kept, where)
+
+
+class _Call(NamedTuple):
+    """A forward call whose arguments fit together."""
+
+    verbs: Verbs
+    x: Array
+    kept: tuple[int, ...]
+    weight: Array | None
+    bias: Array | None
+    stats: RunningStats | Moments | None
+    training: bool
+    eps: float
+    where: Array | None
+    relu: bool
+    residual: Array | None
+    out: Array | None
+
+    def overwrites(self, array: Array) -> bool:
+        return self.out is not None and self.verbs.overlap(self.out, array)
+
+
+def _checked(
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    stats: RunningStats | Moments | None,
+    training: bool,
+    axis: int | tuple[int, ...],
+    eps: float,
+    where: Array | None,
+    activation: str | None,
+    residual: Array | None,
+    group: Any,
+    out: Array | None,
+) -> _Call:
+    verbs = backend(x)
+    verbs.check(x, "x")
+    kept = kept_axes(axis, x.ndim)
+    features = features_shape(x.shape, kept)
+    same_backend(verbs, weight=weight, bias=bias, where=where, residual=residual, out=out)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            verbs.check(parameter, name)
+            if tuple(parameter.shape) != features:
+                raise ValueError(f"{name} has shape {tuple(parameter.shape)}; it should have the features', {features}")
+    _check_stats(stats, training, features)
+    eps = checked_number(eps, "eps")
+    if where is not None:
+        verbs.check_where(x, where)
+    if activation not in (None, "relu"):
+        raise ValueError(f"activation is {activation!r}; it should be None or 'relu'")
+    if residual is not None:
+        verbs.check(residual, "residual")
+        if residual.dtype != x.dtype:
+            raise TypeError(f"residual has dtype {residual.dtype}; it should have x's, {x.dtype}")
+        if tuple(residual.shape) != tuple(x.shape):
+            raise ValueError(f"residual has shape {tuple(residual.shape)}; it should have x's, {tuple(x.shape)}")
+    _check_group(group)
+    if out is not None:
+        needed = {"weight": weight, "bias": bias, "where": where}
+        allowed = {"x": x} if residual is None else {"x": x, "residual": residual}
+        verbs.check_out(out, x, allowed, {name: array for name, array in needed.items() if array is not None})
+    return _Call(verbs, x, kept, weight, bias, stats, training, eps, where, activation == "relu", residual, out)
+
+
+def _check_stats(stats: RunningStats | Moments | None, training: bool, features: tuple[int, ...]) -> None:
+    if isinstance(stats, RunningStats):
+        shape = stats.features_shape
+    elif isinstance(stats, Moments):
+        if training:
+            raise TypeError("stats is a Moments, which cannot be updated; pass training=False, or a RunningStats")
+        shape = tuple(stats.mean.shape)
+    elif stats is None:
+        if not training:
+            raise TypeError(
+                "stats is None; with training=False it should be the RunningStats or Moments that normalise"
+            )
+        return
+    else:
+        raise TypeError(f"stats is a {type(stats).__name__}; it should be a RunningStats or a Moments")
+    if shape != features:
+        raise ValueError(f"stats has features of shape {shape}; x's have {features}")
+
+
+def _check_group(group: Any) -> None:
+    if group is not None:
+        raise NotImplementedError("group: statistics over several processes are not available yet; pass None")
+
+
+def _moments(verbs: Verbs, x: Array, kept: tuple[int, ...], where: Array | None) -> Moments:
+    if 0 in x.shape:
+        nothing = verbs.zeros(features_shape(x.shape, kept), x)
+        return Moments.of(0, nothing, nothing)
+    return Moments.of(*verbs.moments(x, kept, where))
+
+
+def _given(stats: RunningStats | Moments | None) -> tuple[Count, Array, Array]:
+    """The statistics to evaluate with, as (count, mean, m2)."""
+    if isinstance(stats, Moments):
+        return stats.count, stats.mean, stats.m2
+    assert stats is not None, "checked before"
+    return 1, *stats.mean_and_var()
+
+
+def _forward(call: _Call) -> tuple[Array, Array, Array, Moments | None]:
+    """Return (y, mean, invstd, the batch's moments). What can fail comes before out is written, the update after."""
+    verbs, stats = call.verbs, call.stats
+    moments = update = None
+    if call.training:
+        moments = _moments(verbs, call.x, call.kept, call.where)
+        if isinstance(stats, RunningStats):
+            update = stats.prepare(moments)
+        mean, invstd = moments.mean, verbs.invstd(moments.count, moments.m2, call.eps)
+    else:
+        count, mean, m2 = _given(stats)
+        count = count if isinstance(count, int | float) else verbs.convert(count, call.x)
+        mean, m2 = verbs.convert(mean, call.x), verbs.convert(m2, call.x)
+        invstd = verbs.invstd(count, m2, call.eps)
+    if 0 in call.x.shape:
+        y = verbs.empty_like(call.x) if call.out is None else call.out
+    else:
+        y = verbs.normalize(call.x, call.kept, mean, invstd, call.weight, call.bias, call.relu, call.residual, call.out)
+    if update is not None:
+        update()
+    return y, mean, invstd, moments

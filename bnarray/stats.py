@@ -1,0 +1,610 @@
+"""Statistics as values (`Moments`) and as shared state (`RunningStats`)."""
+
+import operator
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial, reduce, wraps
+from math import isfinite
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+from bnarray.dispatch import Array, backend, default_backend, load
+
+Count = Any  # a number, or an array of the features' shape
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def explains_momentum(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let a function answer the keyword `momentum`, which means opposite things in different libraries."""
+
+    @wraps(function)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if "momentum" in kwargs:
+            m = kwargs["momentum"]
+            complement = f"{1 - m:.12g}" if isinstance(m, int | float) else f"1 - {m}"
+            raise TypeError(
+                f"momentum={m} is ambiguous; RunningStats and BatchNorm take update_rate, the weight of the new batch: "
+                f"update_rate={m} for torch's meaning, update_rate={complement} for Keras's"
+            )
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+class Moments:
+    """Count, mean and sum of squared deviations of each feature: an immutable value.
+
+    Parameters
+    ----------
+    count
+        Elements per feature: a number (a sum of weights need not be whole), or an array of the features' shape.
+    mean, m2
+        Arrays of the features' shape: the mean, and the sum of squared deviations from it. Kept as float64.
+
+    Raises
+    ------
+    TypeError
+        If mean or m2 is no real floating array.
+    ValueError
+        If the shapes differ, or a count is negative.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import bnarray as bn
+    >>> a = bn.moments(np.array([[1.0], [2.0]]))
+    >>> b = bn.moments(np.array([[3.0], [4.0], [5.0]]))
+    >>> (a + b).mean, (a + b).var()
+    (array([3.]), array([2.]))
+    """
+
+    __slots__ = ("count", "m2", "mean")
+
+    count: Count
+    mean: Array
+    m2: Array
+
+    def __init__(self, count: Count, mean: Array, m2: Array) -> None:
+        verbs = backend(mean, "mean")
+        verbs.check(mean, "mean")
+        backend(m2, "m2").check(m2, "m2")
+        if tuple(mean.shape) != tuple(m2.shape):
+            raise ValueError(f"m2 has shape {tuple(m2.shape)}; it should have mean's, {tuple(mean.shape)}")
+        self._set(_checked_count(count, mean), verbs.freeze(verbs.widen(mean)), verbs.freeze(verbs.widen(m2)))
+
+    def _set(self, count: Count, mean: Array, m2: Array) -> None:
+        for name, value in (("count", count), ("mean", mean), ("m2", m2)):
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, count: Count, mean: Array, m2: Array) -> "Moments":
+        """Take arrays of float64 as they are, without a copy: for backends' results."""
+        verbs = backend(mean, "mean")
+        self = cls.__new__(cls)
+        self._set(
+            count if isinstance(count, int | float) else verbs.freeze(count), verbs.freeze(mean), verbs.freeze(m2)
+        )
+        return self
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"Moments cannot be changed, so {name} cannot be set; make new ones")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"Moments cannot be changed, so {name} cannot be deleted")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Moments, (self.count, self.mean, self.m2)
+
+    def __repr__(self) -> str:
+        return f"Moments(count={self.count!r}, mean={self.mean!r}, m2={self.m2!r})"
+
+    def var(self, correction: float = 0) -> Array:
+        """Return ``m2 / (count - correction)``, NaN for a feature whose count is not above the correction."""
+        return backend(self.m2).variance(self.count, self.m2, correction)
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Return the moments of the union of two samples, exactly (Chan, Golub and LeVeque 1979).
+
+        Raises
+        ------
+        TypeError
+            If other is no `Moments`, or of another library.
+        ValueError
+            If the features' shapes differ.
+        """
+        if not isinstance(other, Moments):
+            raise TypeError(f"other is a {type(other).__name__}; it should be Moments")
+        verbs, theirs = backend(self.mean), backend(other.mean)
+        if verbs is not theirs:
+            raise TypeError(f"other's arrays are of {theirs.library}, these of {verbs.library}; convert one of them")
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(
+                f"other has features of shape {tuple(other.mean.shape)}; it should be {tuple(self.mean.shape)}"
+            )
+        return Moments.of(*verbs.merge(self.count, self.mean, self.m2, other.count, other.mean, other.m2))
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return self.merge(other) if isinstance(other, Moments) else NotImplemented
+
+    @staticmethod
+    def merge_all(moments: Iterable["Moments"]) -> "Moments":
+        """Return the moments of the union of all, merged in order.
+
+        Raises
+        ------
+        ValueError
+            If there are none.
+        """
+        samples = iter(moments)
+        try:
+            first = next(samples)
+        except StopIteration:
+            raise ValueError("moments is empty; merge_all needs at least one") from None
+        return reduce(Moments.merge, samples, first)
+
+
+def _checked_count(count: Count, like: Array) -> Count:
+    if isinstance(count, int | float):
+        if not count >= 0 or not isfinite(count):
+            raise ValueError(f"count is {count}; it should be a number >= 0")
+        return count
+    verbs = backend(like)
+    array = verbs.convert(count, like) if hasattr(count, "shape") else None
+    if array is None:
+        try:
+            return _checked_count(operator.index(count), like)
+        except TypeError:
+            raise TypeError(f"count is a {type(count).__name__}; it should be a number or an array") from None
+    if tuple(array.shape) == ():
+        return _checked_count(float(array), like)
+    if tuple(array.shape) != tuple(like.shape):
+        raise ValueError(f"count has shape {tuple(array.shape)}; it should have the features', {tuple(like.shape)}")
+    if not verbs.is_finite(array) or verbs.lowest(array) < 0:
+        raise ValueError("count holds a negative number, an infinity or NaN; it should hold numbers >= 0")
+    return verbs.freeze(verbs.widen(array))
+
+
+class _State(NamedTuple):
+    """One consistent set of running statistics. Never changed, only replaced: a reader needs no lock."""
+
+    count: Count
+    mean: Array
+    var: Array
+    m2: Array | None  # of a cumulative state: what var is computed from
+    num_updates: int
+    num_skipped: int
+
+
+# States are replaced under one lock for all, held for microseconds; a fork waits for it, so that no child inherits a
+# lock that nobody will release.
+_replacing = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_replacing.acquire, after_in_parent=_replacing.release, after_in_child=_replacing.release
+    )
+
+# The states that calls in this context do not update.
+_frozen: ContextVar[tuple[int, ...]] = ContextVar("bnarray_frozen", default=())
+
+_PACKAGE = os.path.dirname(__file__)
+_FIELDS = ("running_mean", "running_var", "count", "num_updates", "num_skipped")
+
+
+def _warn(message: str) -> None:
+    """Warn at the line outside this package that led here."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
+
+
+def _nothing() -> None: ...
+
+
+class RunningStats:
+    """Running mean and variance of each feature: mutable, thread-safe, shared freely.
+
+    Every update replaces the whole state at once: a reader sees mean and variance of one and the same update, and an
+    update that raises, or is interrupted, changes nothing.
+
+    Parameters
+    ----------
+    num_features
+        The features' number, or shape.
+    update_rate
+        The weight of the *new* batch, from 0 to 1: ``running += update_rate * (batch - running)``. None keeps the exact
+        statistics of everything seen, however uneven the batches.
+    correction
+        Subtracted from the count in the running variance: 1 (torch, TensorFlow's fused op) or 0 (Keras, Flax, ONNX).
+    nonfinite
+        What an update with a NaN or an infinity in any feature does: ``"skip"`` leaves the state, counts the batch in
+        `num_skipped` and warns; ``"raise"`` raises `FloatingPointError`; ``"propagate"`` takes it in.
+    like
+        An array whose library and device the state lives on; NumPy by default.
+
+    Attributes
+    ----------
+    mean, var
+        Arrays of the features' shape, float64, read-only: 0 and 1 before the first update. A cumulative variance is 1
+        until its count exceeds `correction`.
+    count
+        Elements per feature counted so far: a number, or an array after masks that differ between features.
+    num_updates, num_skipped
+        Batches taken in, and left out as not finite.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of the wrong kind; for ``momentum=``, with the value to pass instead.
+    ValueError
+        If an argument is out of range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import bnarray as bn
+    >>> stats = bn.RunningStats(1, update_rate=None)
+    >>> stats.update(bn.moments(np.array([[1.0], [2.0], [6.0]])))
+    >>> stats.mean, stats.var, stats.count
+    (array([3.]), array([7.]), 3)
+    """
+
+    @explains_momentum
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        update_rate: float | None = 0.1,
+        correction: float = 1,
+        nonfinite: str = "skip",
+        like: Array | None = None,
+    ) -> None:
+        self._shape = _checked_shape(num_features)
+        self._update_rate = None if update_rate is None else checked_number(update_rate, "update_rate", most=1)
+        self._correction = checked_number(correction, "correction")
+        if nonfinite not in ("skip", "raise", "propagate"):
+            raise ValueError(f"nonfinite is {nonfinite!r}; it should be 'skip', 'raise' or 'propagate'")
+        self._nonfinite = nonfinite
+        verbs = default_backend() if like is None else backend(like, "like")
+        self._state = self._initial(verbs.zeros(self._shape, like))
+
+    def _initial(self, zeros: Array) -> _State:
+        freeze = backend(zeros).freeze
+        return _State(0, freeze(zeros), freeze(zeros + 1), None if self._update_rate is not None else zeros, 0, 0)
+
+    # -- What it is ----------------------------------------------------------------------------------------------------
+
+    @property
+    def num_features(self) -> int | tuple[int, ...]:
+        return self._shape[0] if len(self._shape) == 1 else self._shape
+
+    @property
+    def features_shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    @property
+    def update_rate(self) -> float | None:
+        return self._update_rate
+
+    @property
+    def correction(self) -> float:
+        return self._correction
+
+    @property
+    def nonfinite(self) -> str:
+        return self._nonfinite
+
+    @property
+    def mean(self) -> Array:
+        return self._state.mean
+
+    @property
+    def var(self) -> Array:
+        return self._state.var
+
+    @property
+    def count(self) -> Count:
+        return self._state.count
+
+    @property
+    def num_updates(self) -> int:
+        return self._state.num_updates
+
+    @property
+    def num_skipped(self) -> int:
+        return self._state.num_skipped
+
+    def mean_and_var(self) -> tuple[Array, Array]:
+        """Return mean and variance of one and the same update."""
+        state = self._state
+        return state.mean, state.var
+
+    def __repr__(self) -> str:
+        state = self._state
+        return (
+            f"RunningStats({self.num_features}, update_rate={self._update_rate}, correction={self._correction}, "
+            f"nonfinite={self._nonfinite!r}) <num_updates={state.num_updates}, num_skipped={state.num_skipped}>"
+        )
+
+    # -- Updates -------------------------------------------------------------------------------------------------------
+
+    def update(self, moments: Moments) -> None:
+        """Take in a batch's moments, all or nothing.
+
+        Raises
+        ------
+        TypeError
+            If moments is no `Moments`.
+        ValueError
+            If the features' shapes differ; for an exponential state, if the count does not exceed the correction.
+        FloatingPointError
+            If a number is not finite and ``nonfinite="raise"``.
+        """
+        self.prepare(moments)()
+
+    def prepare(self, moments: Moments) -> Callable[[], None]:
+        """Decide what an update with moments does, raise or warn if it must, and return the function that does it."""
+        if not isinstance(moments, Moments):
+            raise TypeError(f"moments is a {type(moments).__name__}; it should be Moments: see bnarray.moments")
+        if tuple(moments.mean.shape) != self._shape:
+            raise ValueError(f"moments has features of shape {tuple(moments.mean.shape)}; it should be {self._shape}")
+        if id(self) in _frozen.get():
+            return _nothing
+        verbs = backend(moments.mean)
+        lowest = verbs.lowest(moments.count)
+        if lowest == 0:
+            return _nothing
+        if self._update_rate is not None and lowest <= self._correction:
+            raise ValueError(
+                f"the batch has {lowest:g} value(s) of a feature, too few for a running variance with correction "
+                f"{self._correction:g}; give larger batches, or correction=0, or update_rate=None"
+            )
+        if self._nonfinite != "propagate" and not verbs.is_finite(moments.mean, moments.m2):
+            if self._nonfinite == "raise":
+                raise FloatingPointError(
+                    "the batch's statistics hold a NaN or an infinity; the running ones are unchanged"
+                )
+            _warn("the batch's statistics hold a NaN or an infinity; the running ones skip it (see num_skipped)")
+            return self._skip
+        return partial(self._take_in, moments)
+
+    def _skip(self) -> None:
+        with _replacing:
+            self._state = self._state._replace(num_skipped=self._state.num_skipped + 1)
+
+    def _take_in(self, moments: Moments) -> None:
+        like = self._state.mean
+        verbs = backend(like)
+        count = moments.count if isinstance(moments.count, int | float) else verbs.convert(moments.count, like)
+        batch = count, verbs.convert(moments.mean, like), verbs.convert(moments.m2, like)
+        with _replacing:
+            self._state = self._after(self._state, batch, num_updates=1)
+
+    def _after(self, state: _State, batch: tuple[Count, Array, Array], num_updates: int) -> _State:
+        verbs = backend(state.mean)
+        m2 = None
+        if self._update_rate is None:
+            count, mean, m2 = verbs.merge(state.count, state.mean, state.m2, *batch)
+            var = verbs.variance(count, m2, self._correction, 1.0)
+        else:
+            count = state.count + batch[0]
+            mean, var = verbs.update_stats(state.mean, state.var, batch, self._update_rate, self._correction)
+        return self._held(_State(count, mean, var, m2, state.num_updates + num_updates, state.num_skipped))
+
+    def _held(self, state: _State) -> _State:
+        """The state with arrays that nobody can change."""
+        freeze = backend(state.mean).freeze
+        count = state.count if isinstance(state.count, int | float) else freeze(state.count)
+        m2 = None if state.m2 is None else freeze(state.m2)
+        return state._replace(count=count, mean=freeze(state.mean), var=freeze(state.var), m2=m2)
+
+    def updated(self, moments: Moments) -> "RunningStats":
+        """Return what `update` would make of this, leaving it as it is: for functional code."""
+        new = self.copy()
+        new.update(moments)
+        return new
+
+    def merge(self, other: "RunningStats") -> None:
+        """Take in everything that another cumulative state has seen, exactly.
+
+        Raises
+        ------
+        TypeError
+            If other is no `RunningStats`.
+        ValueError
+            If either is an exponential average, or the features' shapes differ.
+        """
+        if not isinstance(other, RunningStats):
+            raise TypeError(f"other is a {type(other).__name__}; it should be a RunningStats")
+        if self._update_rate is not None or other._update_rate is not None:
+            raise ValueError(
+                "an exponential average does not hold what it has forgotten, so two of them have no exact merge; "
+                "make both with update_rate=None"
+            )
+        if other._shape != self._shape:
+            raise ValueError(f"other has features of shape {other._shape}; it should be {self._shape}")
+        theirs = other.to(self._state.mean)._state
+        with _replacing:
+            merged = self._after(self._state, (theirs.count, theirs.mean, theirs.m2), theirs.num_updates)
+            self._state = merged._replace(num_skipped=merged.num_skipped + theirs.num_skipped)
+
+    def reset(self) -> None:
+        """Forget everything: mean 0, variance 1, counts 0."""
+        fresh = self._initial(backend(self._state.mean).zeros(self._shape, self._state.mean))
+        with _replacing:
+            self._state = fresh
+
+    @contextmanager
+    def frozen(self) -> Iterator["RunningStats"]:
+        """Make calls inside, in this thread (context) only, leave the state alone: for recomputation and probing."""
+        token = _frozen.set((*_frozen.get(), id(self)))
+        try:
+            yield self
+        finally:
+            _frozen.reset(token)
+
+    # -- Copies --------------------------------------------------------------------------------------------------------
+
+    def copy(self) -> "RunningStats":
+        """Return an independent copy: one consistent snapshot."""
+        new = RunningStats.__new__(RunningStats)
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def to(self, like: Array) -> "RunningStats":
+        """Return a copy that lives on like's library and device."""
+        verbs = backend(like, "like")
+        new, state = self.copy(), self._state
+        count = state.count if isinstance(state.count, int | float) else verbs.convert(state.count, like)
+        m2 = None if state.m2 is None else verbs.convert(state.m2, like)
+        mean, var = verbs.convert(state.mean, like), verbs.convert(state.var, like)
+        new._state = new._held(state._replace(count=count, mean=mean, var=var, m2=m2))
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RunningStats":
+        return self.copy()
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        self.__dict__.update(attributes)
+        self._state = self._held(self._state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a consistent snapshot: running_mean, running_var, count, num_updates, num_skipped."""
+        state = self._state
+        copy = backend(state.mean).copy
+        count = state.count if isinstance(state.count, int | float) else copy(state.count)
+        return dict(
+            zip(_FIELDS, (copy(state.mean), copy(state.var), count, state.num_updates, state.num_skipped), strict=True)
+        )
+
+    def load_state_dict(self, d: Mapping[str, Any]) -> None:
+        """Take over a snapshot; the library and device stay this state's.
+
+        Raises
+        ------
+        KeyError
+            If a field is missing.
+        TypeError, ValueError
+            If a field has another kind or shape, or a value that no statistics have. The state is then as it was.
+        """
+        missing = [field for field in _FIELDS if field not in d]
+        if missing:
+            raise KeyError(f"the state lacks {', '.join(missing)}")
+        mean, var = (self._loaded(d[field], field) for field in _FIELDS[:2])
+        verbs = backend(mean)
+        if not verbs.is_finite(mean, var) and self._nonfinite != "propagate":
+            raise ValueError("running_mean or running_var holds a NaN or an infinity")
+        if verbs.lowest(var) < 0:
+            raise ValueError("running_var holds a negative number")
+        count = _checked_count(d["count"], mean)
+        num_updates, num_skipped = (_checked_whole(d[field], field) for field in _FIELDS[3:])
+        m2 = None
+        if self._update_rate is None:
+            m2 = verbs.sum_of_squares(count, var, self._correction)
+        state = self._held(_State(count, mean, var, m2, num_updates, num_skipped))
+        with _replacing:
+            self._state = state
+
+    def _loaded(self, array: Array, name: str) -> Array:
+        verbs = backend(array, name)
+        verbs.check(array, name)
+        if tuple(array.shape) != self._shape:
+            raise ValueError(f"{name} has shape {tuple(array.shape)}; it should be {self._shape}")
+        like = self._state.mean
+        return backend(like).widen(backend(like).convert(array, like))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to a file (``.npz``, without pickles), beside its place and then renamed.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written; an older one is then as it was.
+        """
+        state = self._state
+        verbs = backend(state.mean)
+        arrays = {"mean": state.mean, "var": state.var, **({} if state.m2 is None else {"m2": state.m2})}
+        plain = isinstance(state.count, int | float)
+        load("_archive").write(
+            path,
+            {name: verbs.to_numpy(array) for name, array in arrays.items()}
+            | {"count": state.count if plain else verbs.to_numpy(state.count)},
+            update_rate=self._update_rate,
+            correction=self._correction,
+            nonfinite=self._nonfinite,
+            num_updates=state.num_updates,
+            num_skipped=state.num_skipped,
+        )
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "RunningStats":
+        """Read what `save` wrote, into NumPy (see `to`).
+
+        Raises
+        ------
+        OSError
+            If the file cannot be read.
+        ValueError
+            If it is damaged, of an unknown version, or no saved statistics.
+        """
+        arrays, settings = load("_archive").read(path)
+        updates, skipped = settings.pop("num_updates"), settings.pop("num_skipped")
+        shape = arrays["mean"].shape
+        stats = RunningStats(shape, **settings)
+        count = arrays["count"]
+        stats.load_state_dict(
+            {
+                "running_mean": arrays["mean"],
+                "running_var": arrays["var"],
+                "count": count.item() if count.shape == () else count,
+                "num_updates": updates,
+                "num_skipped": skipped,
+            }
+        )
+        if "m2" in arrays:
+            stats._state = stats._held(stats._state._replace(m2=stats._loaded(arrays["m2"], "m2")))
+        return stats
+
+
+def checked_number(value: object, name: str, *, most: float | None = None) -> float:
+    """Return value if it is a number from 0 (to `most`)."""
+    try:
+        if isinstance(value, str | bytes):
+            raise TypeError
+        number = float(value)  # type: ignore[arg-type]  # whatever it is, it says itself
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {value!r}; it should be a number") from None
+    if not number >= 0 or not isfinite(number) or (most is not None and number > most):
+        span = "a finite number >= 0" if most is None else f"from 0 to {most:g}"
+        raise ValueError(f"{name} is {value!r}; it should be {span}")
+    return value if isinstance(value, int | float) else number
+
+
+def _checked_whole(value: object, name: str) -> int:
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]  # whatever it is, it says itself
+    except TypeError:
+        try:
+            number = int(value)  # type: ignore[call-overload]  # arrays without axes, as files give them
+        except (TypeError, ValueError):
+            raise TypeError(f"{name} is {value!r}; it should be an integer") from None
+    if number < 0:
+        raise ValueError(f"{name} is {number}; it should be >= 0")
+    return number
+
+
+def _checked_shape(num_features: object) -> tuple[int, ...]:
+    given = num_features if isinstance(num_features, tuple) else (num_features,)
+    try:
+        shape = tuple(operator.index(size) for size in given)
+    except TypeError:
+        raise TypeError(f"num_features is {num_features!r}; it should be an integer or a tuple of integers") from None
+    if any(size < 0 for size in shape):
+        raise ValueError(f"num_features is {num_features!r}; it should not be negative")
+    return shape

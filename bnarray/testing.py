@@ -1,0 +1,141 @@
+"""For tests, here and in other people's backends: the formula in float64, and how far from it a result may be.
+
+Nothing in this file shares code with what it judges: plain NumPy, as close to the formula as it can be written.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Array = npt.NDArray[Any]
+
+
+class Tolerance(NamedTuple):
+    """How far a result may be from the reference."""
+
+    epsilon: float  # the distance from 1 to the next number of the dtype
+    tiny: float  # its smallest normal number
+    largest: float  # and its largest
+    y: float  # units in the last place of the largest term of y
+    dx: float  # likewise of dx
+    sums: float  # relative to the sum of magnitudes: gradients of weight and bias
+    moments: float  # relative: mean (to the deviation and itself) and variance
+
+
+#: By dtype name. Half precision is computed from exactly converted values, so its moments are as exact as float32's.
+TOLERANCES = {
+    "float16": Tolerance(2.0**-10, 2.0**-14, 65504.0, 4, 8, 1e-3, 1e-6),
+    "bfloat16": Tolerance(2.0**-7, 2.0**-126, 2.0**128 - 2.0**120, 4, 8, 1e-2, 1e-6),
+    "float32": Tolerance(2.0**-23, 2.0**-126, 2.0**128 - 2.0**104, 4, 8, 1e-6, 1e-6),
+    "float64": Tolerance(2.0**-52, 2.0**-1022, np.finfo(np.float64).max, 64, 128, 1e-12, 1e-12),
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A forward and backward pass in float64. Per-feature arrays broadcast against x; `y_scale` and `dx_scale` are the
+    magnitudes of the largest term that each element of y and dx is a sum of, or, in a float64 pass, any element of its
+    feature: the mean itself is a float64, and next to it nothing can be known to its own last place."""
+
+    count: Floats
+    mean: Floats
+    var: Floats
+    y: Floats
+    y_scale: Floats
+    dx: Floats
+    dx_scale: Floats
+    dweight: Floats
+    dbias: Floats
+    dresidual: Floats
+    dweight_scale: Floats
+    dbias_scale: Floats
+
+
+def reference(
+    x: Array,
+    dy: Array,
+    kept: tuple[int, ...],
+    *,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+    where: Array | None = None,
+    relu: bool = False,
+    residual: Array | None = None,
+    statistics: tuple[Array, Array] | None = None,
+) -> Reference:
+    """Compute everything from the formula, in float64; `statistics` are (mean, var) for evaluation."""
+    reduced = tuple(i for i in range(x.ndim) if i not in kept)
+    along = tuple(size if i in kept else 1 for i, size in enumerate(x.shape))
+
+    def total(values: Floats) -> Any:
+        return np.sum(values, axis=reduced, keepdims=True)
+
+    def scale_of(*terms: Floats) -> Floats:
+        largest = np.max(np.broadcast_arrays(*terms), axis=0)
+        return np.broadcast_to(largest.max(axis=reduced, keepdims=True), x.shape) if x.dtype == np.float64 else largest
+
+    wide = x.astype(np.float64)
+    ones = np.ones(x.shape)
+    omega = ones if where is None else np.broadcast_to(np.asarray(where, np.float64), x.shape)
+    gamma = np.ones(along) if weight is None else weight.astype(np.float64).reshape(along)
+    beta = np.zeros(along) if bias is None else bias.astype(np.float64).reshape(along)
+    added = np.zeros(x.shape) if residual is None else residual.astype(np.float64)
+    count = total(omega)
+    some = np.where(count > 0, count, 1.0)
+    if statistics is None:
+        mean = total(np.where(omega > 0, omega * wide, 0.0)) / some
+        mean = mean + total(np.where(omega > 0, omega * (wide - mean), 0.0)) / some
+        var = np.where(count > 0, total(np.where(omega > 0, omega * (wide - mean) ** 2, 0.0)) / some, 1.0)
+    else:
+        mean, var = (each.astype(np.float64).reshape(along) for each in statistics)
+    root = np.sqrt(var + eps)
+    invstd = np.where(root > 0, 1 / np.where(root > 0, root, 1.0), 0.0)
+    x_hat = (wide - mean) * invstd
+    z = x_hat * gamma + beta + added
+    y = np.where(z < 0, 0.0, z) if relu else z
+    y_scale = scale_of(abs(x_hat * gamma), abs(beta) * ones, abs(added))
+
+    gradient = dy.astype(np.float64)
+    dz = np.where(z <= 0, 0.0, gradient) if relu else gradient
+    products = np.where(dz == 0, 0.0, dz * x_hat)
+    dbias, dweight = total(dz), total(products)
+    share = np.zeros(x.shape) if statistics is not None else omega / some
+    common = np.where(share > 0, share * dbias, 0.0)
+    slope = np.where(share > 0, share * x_hat * dweight, 0.0)
+    factor = gamma * invstd
+    return Reference(
+        count,
+        mean,
+        var,
+        y,
+        y_scale,
+        factor * (dz - common - slope),
+        abs(factor) * scale_of(abs(dz), abs(common), abs(slope)),
+        dweight.reshape([x.shape[i] for i in kept]),
+        dbias.reshape([x.shape[i] for i in kept]),
+        dz,
+        total(abs(products)).reshape([x.shape[i] for i in kept]),
+        total(abs(dz)).reshape([x.shape[i] for i in kept]),
+    )
+
+
+def ulps(actual: Array, expected: Floats, scale: Floats, tolerance: Tolerance) -> Floats:
+    """Return the distance in units in the last place of numbers as large as scale (or as the expected one)."""
+    magnitude = np.maximum(np.maximum(scale, abs(expected)), tolerance.tiny)
+    unit = tolerance.epsilon * 2.0 ** np.floor(np.log2(magnitude))
+    return abs(actual.astype(np.float64) - expected) / unit
+
+
+def assert_close(actual: Array, expected: Floats, scale: Floats, tolerance: Tolerance, most: float) -> None:
+    """Assert that finite numbers are within `most` ulps, and that the others (and those too large) agree."""
+    beyond = abs(expected) > tolerance.largest
+    expected = np.where(beyond, np.copysign(np.inf, expected), expected)
+    finite = np.isfinite(expected)
+    np.testing.assert_array_equal(actual.astype(np.float64)[~finite], expected[~finite])
+    if finite.any():
+        worst = ulps(actual, np.where(finite, expected, 0.0), np.where(finite, scale, 1.0), tolerance)[finite].max()
+        assert worst <= most, f"{worst:.3g} ulp, more than {most}"

@@ -21,12 +21,14 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="see batch normalization at work on real data",
-        description="Normalise scikit-learn's handwritten digits, then train the network of the paper on them, with and "
-        "without batch normalization, at several learning rates. Prints tables and writes a picture.",
+        description="Normalise scikit-learn's handwritten digits, then train the network of the paper on them, with "
+        "and without batch normalization, at several learning rates. Prints tables and writes a picture.",
         epilog="example: bnarray demo --seeds 3 --out results",
     )
-    demo.add_argument("--seeds", type=_positive, default=1, metavar="K", help="train K times, for a spread (default 1)")
-    demo.add_argument("--steps", type=_positive, default=8000, metavar="N", help="steps of training (default 8000)")
+    demo.add_argument("--seeds", type=_positive, default=1, metavar="K", help="train K times, for the spread")
+    demo.add_argument(
+        "--steps", type=_positive, default=8000, metavar="N", help="steps of each training (default 8000)"
+    )
     demo.add_argument(
         "--out", default="bnarray-demo", metavar="FOLDER", help="where the picture goes (default bnarray-demo)"
     )

@@ -29,8 +29,9 @@ class ResidualGradients(NamedTuple):
 class Saved:
     """What the backward pass needs, and no more.
 
-    `x`, `where` and `residual` are the caller's arrays, not to be modified until then; all else is copies of
-    per-feature vectors in float64. `moments` are the batch's; they, and `count`, are None where the statistics were constants.
+    `x`, `where` and (under ReLU) `residual` are the caller's arrays, not to be modified until then; all else is copies
+    of per-feature vectors in float64. `moments` are the batch's; they, and `count`, are None where the statistics were
+    constants.
     """
 
     x: Array
@@ -45,6 +46,7 @@ class Saved:
     bias_dtype: Any
     where: Array | None
     relu: bool
+    has_residual: bool
     residual: Array | None
 
 
@@ -169,10 +171,10 @@ def batch_norm_forward(
     call = _checked(x, weight, bias, stats, training, axis, eps, where, activation, residual, group, out)
     verbs = call.verbs
     # What is overwritten but needed again: x always, the residual for the sign of what ReLU saw.
-    kept_x = verbs.copy(x) if call.overwrites(x) else x
-    kept_residual = residual
-    if call.relu and residual is not None and call.overwrites(residual):
-        kept_residual = kept_x if residual is x else verbs.copy(residual)
+    kept_x = verbs.copy(call.x) if call.overwrites(call.x) else call.x
+    kept_residual = call.residual if call.relu else None
+    if kept_residual is not None and call.overwrites(kept_residual):
+        kept_residual = kept_x if residual is x else verbs.copy(kept_residual)
     copied_weight = None if weight is None else verbs.widen(weight)
     copied_bias = None if bias is None else verbs.widen(bias)
     y, mean, invstd, batch = _forward(call)
@@ -187,8 +189,9 @@ def batch_norm_forward(
         bias=copied_bias,
         weight_dtype=None if weight is None else weight.dtype,
         bias_dtype=None if bias is None else bias.dtype,
-        where=where,
+        where=call.where,
         relu=call.relu,
+        has_residual=residual is not None,
         residual=kept_residual,
     )
 
@@ -240,25 +243,30 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
     same_backend(verbs, dy=dy, out=out)
     if dy is None:
         raise TypeError("dy is None; it should be the gradient of y")
-    verbs.check(dy, "dy")
+    dy = verbs.check(dy, "dy")
     if tuple(dy.shape) != tuple(x.shape):
         raise ValueError(f"dy has shape {tuple(dy.shape)}; it should have x's, {tuple(x.shape)}")
     if out is not None:
-        needed = {"x": x, "where": saved.where, "residual": saved.residual if saved.relu else None}
+        needed = {"x": x, "where": saved.where, "residual": saved.residual}
         verbs.check_out(out, x, {"dy": dy}, {name: array for name, array in needed.items() if array is not None})
+    dresidual = None
+    if saved.has_residual and not saved.relu:
+        dresidual = verbs.cast(dy, x.dtype)
+        if out is not None and verbs.overlap(out, dresidual):
+            dresidual = verbs.copy(dresidual)
     vectors = saved.kept, saved.mean, saved.invstd, saved.weight, saved.bias, saved.relu, saved.residual
     if 0 in x.shape:
-        dx, dresidual = (verbs.empty_like(x) if out is None else out), verbs.empty_like(x)
+        dx, dz = (verbs.empty_like(x) if out is None else out), verbs.empty_like(x)
         sum_dz = sum_dz_x = verbs.zeros(features_shape(x.shape, saved.kept), x)
     else:
         sum_dz, sum_dz_x = verbs.grad_sums(dy, x, *vectors)
         sums = None if saved.count is None else (sum_dz, sum_dz_x)
-        dx, dresidual = verbs.grad_input(dy, x, *vectors, saved.where, saved.count, sums, out)
+        dx, dz = verbs.grad_input(dy, x, *vectors, saved.where, saved.count, sums, out)
     dweight = None if saved.weight is None else verbs.cast(sum_dz_x, saved.weight_dtype)
     dbias = None if saved.bias is None else verbs.cast(sum_dz, saved.bias_dtype)
-    if saved.residual is None:
+    if not saved.has_residual:
         return Gradients(dx, dweight, dbias)
-    return ResidualGradients(dx, dweight, dbias, dresidual)
+    return ResidualGradients(dx, dweight, dbias, dz if dresidual is None else dresidual)
 
 
 def moments(x: Array, *, axis: int | tuple[int, ...] = 1, where: Array | None = None, group: Any = None) -> Moments:
@@ -287,11 +295,11 @@ def moments(x: Array, *, axis: int | tuple[int, ...] = 1, where: Array | None = 
     array([1., 0.])
     """
     verbs = backend(x)
-    verbs.check(x, "x")
+    x = verbs.check(x, "x")
     kept = kept_axes(axis, x.ndim)
     same_backend(verbs, where=where)
     if where is not None:
-        verbs.check_where(x, where)
+        where = verbs.check_where(x, where)
     _check_group(group)
     return _moments(verbs, x, kept, where)
 
@@ -331,7 +339,7 @@ def _checked(
     out: Array | None,
 ) -> _Call:
     verbs = backend(x)
-    verbs.check(x, "x")
+    x = verbs.check(x, "x")
     kept = kept_axes(axis, x.ndim)
     features = features_shape(x.shape, kept)
     same_backend(verbs, weight=weight, bias=bias, where=where, residual=residual, out=out)
@@ -343,11 +351,11 @@ def _checked(
     _check_stats(stats, training, features)
     eps = checked_number(eps, "eps")
     if where is not None:
-        verbs.check_where(x, where)
+        where = verbs.check_where(x, where)
     if activation not in (None, "relu"):
         raise ValueError(f"activation is {activation!r}; it should be None or 'relu'")
     if residual is not None:
-        verbs.check(residual, "residual")
+        residual = verbs.check(residual, "residual")
         if residual.dtype != x.dtype:
             raise TypeError(f"residual has dtype {residual.dtype}; it should have x's, {x.dtype}")
         if tuple(residual.shape) != tuple(x.shape):

@@ -155,7 +155,7 @@ def _checked_count(count: Count, like: Array) -> Count:
             raise ValueError(f"count is {count}; it should be a number >= 0")
         return count
     verbs = backend(like)
-    array = verbs.convert(count, like) if hasattr(count, "shape") else None
+    array = verbs.widen(verbs.convert(count, like)) if hasattr(count, "shape") else None
     if array is None:
         try:
             return _checked_count(operator.index(count), like)
@@ -167,7 +167,7 @@ def _checked_count(count: Count, like: Array) -> Count:
         raise ValueError(f"count has shape {tuple(array.shape)}; it should have the features', {tuple(like.shape)}")
     if not verbs.is_finite(array) or verbs.lowest(array) < 0:
         raise ValueError("count holds a negative number, an infinity or NaN; it should hold numbers >= 0")
-    return verbs.freeze(verbs.widen(array))
+    return verbs.freeze(array)
 
 
 class _State(NamedTuple):

@@ -35,7 +35,7 @@ def write(path: str | os.PathLike[str], arrays: dict[str, Any], **settings: Any)
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     """Return the arrays and settings of a file that `write` made."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("it holds one array")
             about = json.loads(str(archive["about"]))

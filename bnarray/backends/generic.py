@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace, device, size
 
-from bnarray.dispatch import Array
+from bnarray.dispatch import Array, backend
 from bnarray.kernels.merge import merge as _merge
 from bnarray.layout import along_features, broadcasts, varies_along
 
@@ -46,8 +46,8 @@ def _weights(x: Array, where: Array) -> Array:
 # -- Arrays ------------------------------------------------------------------------------------------------------------
 
 
-def check(x: Array, name: str) -> None:
-    """Raise unless x is a real floating array.
+def check(x: Array, name: str) -> Array:
+    """Return x, as the verbs take it, if it is a real floating array.
 
     Raises
     ------
@@ -56,10 +56,11 @@ def check(x: Array, name: str) -> None:
     """
     if not array_namespace(x).isdtype(x.dtype, "real floating"):
         raise TypeError(f"{name} has dtype {x.dtype}; it should be real floating: convert it by astype")
+    return x
 
 
-def check_where(x: Array, where: Array) -> None:
-    """Raise unless where is a mask, or weights that are numbers and not negative, and broadcasts to x.
+def check_where(x: Array, where: Array) -> Array:
+    """Return where if it is a mask, or weights that are numbers and not negative, and broadcasts to x.
 
     Raises
     ------
@@ -72,11 +73,12 @@ def check_where(x: Array, where: Array) -> None:
     if not broadcasts(where.shape, x.shape):
         raise ValueError(f"where has shape {tuple(where.shape)}; it should broadcast to x's, {tuple(x.shape)}")
     if xp.isdtype(where.dtype, "bool"):
-        return
+        return where
     if not xp.isdtype(where.dtype, "real floating"):
         raise TypeError(f"where has dtype {where.dtype}; it should be boolean (a mask) or real floating (weights)")
     if not bool(xp.all((where >= 0) & xp.isfinite(where))):
         raise ValueError("where holds a weight that is negative, infinite or NaN; weights should be >= 0")
+    return where
 
 
 def check_out(out: Array, x: Array, allowed: dict[str, Array], forbidden: dict[str, Array]) -> None:
@@ -150,8 +152,6 @@ def to_numpy(x: Array) -> Any:
 
 def convert(x: Array, like: Array) -> Array:
     """Return a per-feature array of any library as one of like's, on its device."""
-    from bnarray.dispatch import backend
-
     xp = array_namespace(like)
     if type(x) is type(like):
         return xp.asarray(x, device=device(like))
@@ -313,7 +313,7 @@ def grad_input(
     sums: tuple[Array, Array] | None,
     out: Array | None,
 ) -> tuple[Array, Array | None]:
-    """Return the gradients of x (in out if it is given) and of the residual.
+    """Return the gradient of x (in out if it is given) and, with a residual under ReLU, dz: the residual's.
 
     `count` and `sums` (those of `grad_sums`) are None where the statistics were constants.
     """
@@ -329,11 +329,9 @@ def grad_input(
         common = _along(x, kept, sums[0] / total) + x_hat * _along(x, kept, sums[1] / total)
         dx = dz - xp.where(weights == 0, xp.zeros_like(dz), weights * common)
     dx = xp.astype(dx * scale, x.dtype)
-    dresidual = None if residual is None else dy if not relu else xp.astype(dz, residual.dtype)
+    dresidual = None if residual is None else xp.astype(dz, residual.dtype)
     if out is None:
         return dx, dresidual
-    if dresidual is dy is out:
-        dresidual = copy(dy)
     out[...] = dx
     return out, dresidual
 
@@ -364,13 +362,14 @@ def update_stats(
 ) -> tuple[Array, Array]:
     """Return the exponential running (mean, var) after a batch of (count, mean, m2).
 
-    ``running += rate · (batch − running)``; a feature of which nothing was counted keeps its values.
+    ``running += rate · (batch − running)``, written so that a rate of 1 gives the batch's own; a feature of which
+    nothing was counted keeps its values.
     """
     xp = array_namespace(mean)
     count, batch_mean, batch_m2 = batch
     seen = count + xp.zeros_like(mean) > 0
     batch_var = variance(count, batch_m2, correction)
     return (
-        xp.where(seen, mean + rate * (batch_mean - mean), mean),
-        xp.where(seen, var + rate * (batch_var - var), var),
+        xp.where(seen, (1 - rate) * mean + rate * batch_mean, mean),
+        xp.where(seen, (1 - rate) * var + rate * batch_var, var),
     )

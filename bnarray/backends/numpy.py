@@ -73,10 +73,10 @@ def _counts(count: Count) -> Vector:
     return np.array([count], np.float64) if isinstance(count, int | float) else _flat(count)
 
 
-def _check_array(x: ndarray, name: str) -> None:
+def _check_array(x: Any, name: str) -> None:
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array; pass its data as {name} and where=~numpy.ma.getmaskarray({name})")
-    if type(x) not in _PLAIN:
+    if not (type(x) in _PLAIN or isinstance(x, np.generic)):  # arithmetic makes scalars of arrays without axes
         kind = type(x)
         raise TypeError(
             f"{name} is a {kind.__module__}.{kind.__qualname__}, whose meaning would be lost; it should be a "
@@ -89,7 +89,7 @@ def _check_array(x: ndarray, name: str) -> None:
         )
 
 
-def check(x: ndarray, name: str) -> None:
+def check(x: ndarray, name: str) -> ndarray:
     if type(x) is not np.ndarray or not x.dtype.isnative:
         _check_array(x, name)
     if _kind(x.dtype) in (None, memory.BOOL):
@@ -97,9 +97,10 @@ def check(x: ndarray, name: str) -> None:
             f"{name} has dtype {x.dtype}; it should be float16, bfloat16, float32 or float64: convert it, for "
             f"example by {name}.astype(numpy.float32)"
         )
+    return x if isinstance(x, np.ndarray) else np.asarray(x)
 
 
-def check_where(x: ndarray, where: ndarray) -> None:
+def check_where(x: ndarray, where: ndarray) -> ndarray:
     _check_array(where, "where")
     if _kind(where.dtype) is None:
         raise TypeError(f"where has dtype {where.dtype}; it should be boolean (a mask) or floating (weights)")
@@ -107,6 +108,7 @@ def check_where(x: ndarray, where: ndarray) -> None:
         raise ValueError(f"where has shape {where.shape}; it should broadcast to x's, {x.shape}")
     if where.dtype != np.bool and where.size and not (where.min() >= 0 and where.max() < np.inf):
         raise ValueError("where holds a weight that is negative, infinite or NaN; weights should be >= 0")
+    return np.asarray(where)
 
 
 def _is_same_memory(a: ndarray, b: ndarray) -> bool:
@@ -125,6 +127,8 @@ def overlap(a: ndarray, b: ndarray) -> bool:
 
 def _repeats(x: ndarray) -> bool:
     """Whether two elements may have one address."""
+    if x.size == 0:
+        return False
     axes = sorted((abs(step), size) for size, step in zip(x.shape, x.strides, strict=True) if size > 1)
     extent = x.itemsize
     for step, size in axes:
@@ -176,7 +180,7 @@ def cast(x: ndarray, dtype: np.dtype[Any]) -> ndarray:
 
 
 def freeze(x: ndarray) -> ndarray:
-    array = np.asarray(x)  # arithmetic turns arrays without axes into scalars
+    array = np.asarray(x)
     array.flags.writeable = False
     return array
 
@@ -248,9 +252,8 @@ def grad_sums(
 ) -> tuple[ndarray, ndarray]:
     inverse = _flat(invstd)
     scale, shift = _scale_and_bias(inverse, weight, bias)
-    added = _optional(residual) if relu else None
     sum_dz, sum_dz_x = _strided.find_grad_sums(
-        _memory(dy), _memory(x), kept, _flat(mean), inverse, scale, shift, relu, added
+        _memory(dy), _memory(x), kept, _flat(mean), inverse, scale, shift, relu, _optional(residual)
     )
     return sum_dz.reshape(mean.shape), sum_dz_x.reshape(mean.shape)
 
@@ -271,10 +274,7 @@ def grad_input(
     out: ndarray | None,
 ) -> tuple[ndarray, ndarray | None]:
     dx = empty_like(x) if out is None else out
-    dresidual = None
-    if residual is not None:
-        # Without ReLU the residual's gradient is dy; it needs memory of its own if dx takes dy's.
-        dresidual = empty_like(x) if relu else copy(dy) if overlap(dx, dy) else dy
+    dresidual = None if residual is None else empty_like(x)
     inverse = _flat(invstd)
     scale, shift = _scale_and_bias(inverse, weight, bias)
     means = None
@@ -282,7 +282,7 @@ def grad_input(
         means = np.empty((2, inverse.size))
         features.means(_counts(count), _flat(sums[0]), _flat(sums[1]), *means)
     _strided.write_grad_input(
-        _memory(dy), _memory(x), kept, _flat(mean), inverse, scale, shift, relu, _optional(residual) if relu else None,
-        _where(x, where), means, _memory(dx), _optional(dresidual) if relu else None,
+        _memory(dy), _memory(x), kept, _flat(mean), inverse, scale, shift, relu, _optional(residual),
+        _where(x, where), means, _memory(dx), _optional(dresidual),
     )  # fmt: skip
     return dx, dresidual

@@ -1,6 +1,8 @@
 """Compilation on first use, through the disk."""
 
+import os
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +34,14 @@ indices = types.Array(types.int64, 1, "C", readonly=True)
 counter = types.Array(types.int64, 1, "C")
 partials = types.Array(types.float64, 2, "C")
 results = types.Array(types.float64, 1, "C")
+
+
+# A fork waits for a compilation under way, so that no child inherits a lock that nobody will release.
+_compiling = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_compiling.acquire, after_in_parent=_compiling.release, after_in_child=_compiling.release
+    )
 
 
 class _OnDisk(_Cache):  # type: ignore[misc]  # Numba is not typed throughout
@@ -80,9 +90,11 @@ class Kernel:
     @property
     def compiled(self) -> Callable[..., Any]:
         if self._compiled is None:
-            self._dispatcher.compile(self._signature)
-            self._dispatcher.disable_compile()
-            self._compiled = self._dispatcher
+            with _compiling:
+                if self._compiled is None:
+                    self._dispatcher.compile(self._signature)
+                    self._dispatcher.disable_compile()  # other arguments are converted, or refused
+                    self._compiled = self._dispatcher
         return self._compiled
 
     def __call__(self, *arguments: Any) -> Any:

@@ -19,14 +19,14 @@ def _invstd(count, m2, eps, invstd):
 
 
 def _running(mean, var, count, batch_mean, batch_m2, rate, correction, new_mean, new_var):
-    """running += rate · (batch − running), where anything was counted."""
+    """running += rate · (batch − running), where anything was counted; written so that a rate of 1 is the batch."""
     for c in range(mean.size):
         n = count[c if count.size > 1 else 0]
         new_mean[c], new_var[c] = mean[c], var[c]
         if n > 0:
             batch_var = batch_m2[c] / (n - correction) if n > correction else math.nan
-            new_mean[c] += rate * (batch_mean[c] - mean[c])
-            new_var[c] += rate * (batch_var - var[c])
+            new_mean[c] = (1 - rate) * mean[c] + rate * batch_mean[c]
+            new_var[c] = (1 - rate) * var[c] + rate * batch_var
 
 
 def _is_finite(values):

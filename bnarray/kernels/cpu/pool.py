@@ -55,7 +55,8 @@ def _forget() -> None:
     _executor = None
 
 
-os.register_at_fork(after_in_child=_forget)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 def _helpers(number: int, kernel: Any, arguments: tuple[Any, ...]) -> list[Future[None]]:

@@ -1,0 +1,160 @@
+"""Adversarial numbers: large means, extreme scales, NaN and infinity, one value, none."""
+
+import numpy as np
+import pytest
+
+import bnarray as bn
+from bnarray.testing import TOLERANCES, assert_close, reference
+from tests.cases import DTYPES, LAYOUTS
+
+SAME_VALUES = [name for name in LAYOUTS if name != "broadcast"]
+
+
+@pytest.mark.parametrize("layout", SAME_VALUES)
+@pytest.mark.parametrize("shape", [(64, 3, 14, 14), (2000, 12), (3, 5000)])
+@pytest.mark.parametrize(("mean", "deviation"), [(1e6, 1.0), (-1e6, 1.0), (1e3, 1e-1)])
+def test_float32_far_from_zero(layout: str, shape: tuple[int, ...], mean: float, deviation: float) -> None:
+    rng = np.random.default_rng(1)
+    x = LAYOUTS[layout](rng.normal(mean, deviation, shape).astype(np.float32))
+    dy = LAYOUTS[layout](rng.normal(size=shape).astype(np.float32))
+    weight = rng.normal(size=shape[1])
+    truth, tolerance = reference(x, dy, (1,), weight=weight), TOLERANCES["float32"]
+    y, saved = bn.batch_norm_forward(x, weight)
+    np.testing.assert_allclose(saved.moments.var(), truth.var.ravel(), rtol=1e-6)
+    assert_close(y, truth.y, truth.y_scale, tolerance, 4)
+    assert_close(bn.batch_norm_backward(dy, saved).x, truth.dx, truth.dx_scale, tolerance, 8)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("scale", [1e30, 1e-30, 1e-39, 3e-43])
+def test_float32_scales_at_the_ends(columns: bool, scale: float) -> None:
+    """Squares beyond float32, or below it: the variance is right all the same, and y has deviation 1."""
+    unit = np.random.default_rng(0).normal(size=(50, 20, 40))
+    x = (unit * scale).astype(np.float32)
+    if columns:
+        x = LAYOUTS["channels_last"](x)
+    m = bn.moments(x)
+    np.testing.assert_allclose(m.var(), x.astype(np.float64).var(axis=(0, 2)), rtol=1e-6)
+    y = bn.batch_norm(x, eps=0)
+    np.testing.assert_allclose(y.astype(np.float64).std(axis=(0, 2)), 1, rtol=1e-5)
+
+
+def test_float32_tile_that_mixes_scales() -> None:
+    x = np.random.default_rng(0).normal(size=(4000, 16)).astype(np.float32)
+    x[7, 3] = 3e25
+    x[:, 4] *= 1e-25
+    x[:, 5] = 0
+    m = bn.moments(x)
+    np.testing.assert_allclose(m.var(), x.astype(np.float64).var(axis=0), rtol=1e-6)
+
+
+def test_float64_far_from_zero() -> None:
+    rng = np.random.default_rng(2)
+    x = rng.normal(1e8, 1e-3, (100_000, 4))
+    exact = x.astype(np.longdouble)
+    mean = exact.mean(axis=0)
+    m = bn.moments(x)
+    np.testing.assert_allclose(m.mean, mean.astype(np.float64), rtol=3e-16)
+    np.testing.assert_allclose(m.var(), ((exact - mean) ** 2).mean(axis=0).astype(np.float64), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("layout", ["c", "channels_last"])
+def test_one_bad_value_stays_in_its_feature(dtype: str, bad: float, layout: str) -> None:
+    x = np.random.default_rng(0).normal(size=(20, 9, 5)).astype(DTYPES[dtype])
+    clean = bn.batch_norm(LAYOUTS[layout](x))
+    x[3, 4, 2] = bad
+    x = LAYOUTS[layout](x)
+    y, saved = bn.batch_norm_forward(x)
+    others = [c for c in range(9) if c != 4]
+    np.testing.assert_array_equal(y[:, others], clean[:, others])
+    assert np.isnan(y[:, 4].astype(np.float32)).all()
+    dx = bn.batch_norm_backward(np.ones_like(x), saved).x
+    assert np.isfinite(dx[:, others].astype(np.float32)).all()
+    assert np.isnan(dx[:, 4].astype(np.float32)).all()
+
+
+def test_one_value_normalises_to_bias() -> None:
+    bias = np.array([1.0, -2.0])
+    y = bn.batch_norm(np.array([[5.0, 6e5]]), np.array([3.0, 4.0]), bias)
+    np.testing.assert_array_equal(y, [bias])
+    assert (bn.batch_norm(np.array([[5.0, 6e5]]), eps=0) == 0).all()  # var + eps is 0: invstd is 0
+
+
+def test_constant_feature() -> None:
+    x = np.full((1000, 3), 0.1, np.float32)
+    y, saved = bn.batch_norm_forward(x, eps=0)
+    assert (saved.moments.m2 == 0).all()
+    assert (saved.invstd == 0).all()
+    np.testing.assert_array_equal(y, 0)
+    assert np.isfinite(bn.batch_norm_backward(np.ones_like(x), saved).x).all()
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((0, 3), 1), ((5, 0), 1), ((0,), ()), ((2, 3, 0), 1), ((0, 0), (0, 1))])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_empty(shape: tuple[int, ...], axis: int | tuple[int, ...], dtype: str) -> None:
+    kept = (axis,) if isinstance(axis, int) else axis
+    features = tuple(shape[i] for i in kept)
+    x = np.empty(shape, DTYPES[dtype])
+    stats = bn.RunningStats(features)
+    weight = np.ones(features, np.float32)
+    y, saved = bn.batch_norm_forward(x, weight, weight, stats=stats, axis=axis)
+    assert y.shape == shape
+    assert y.dtype == x.dtype
+    assert saved.moments.count == 0
+    assert (stats.num_updates, stats.num_skipped, stats.count) == (0, 0, 0)
+    gradients = bn.batch_norm_backward(x, saved)
+    assert gradients.x.shape == shape
+    np.testing.assert_array_equal(gradients.weight, np.zeros(features))
+    np.testing.assert_array_equal(gradients.bias, np.zeros(features))
+    assert bn.moments(x, axis=axis).mean.shape == features
+    out = np.empty(shape, DTYPES[dtype])
+    assert bn.batch_norm(x, out=out, axis=axis, stats=stats, training=False) is out
+
+
+def test_feature_in_which_nothing_counts() -> None:
+    """It keeps its running values, and is normalised with mean 0 and variance 1."""
+    x = np.random.default_rng(0).normal(3, 2, (50, 3))
+    where = np.ones((1, 3), bool)
+    where[0, 1] = False
+    stats = bn.RunningStats(3)
+    y, saved = bn.batch_norm_forward(x, where=where, stats=stats, eps=0)
+    np.testing.assert_array_equal(y[:, 1], x[:, 1])
+    np.testing.assert_array_equal(saved.moments.count, [50, 0, 50])
+    np.testing.assert_array_equal(stats.count, [50, 0, 50])
+    assert (stats.mean[1], stats.var[1]) == (0, 1)
+    assert stats.mean[0] != 0
+    dy = np.random.default_rng(1).normal(size=x.shape)
+    np.testing.assert_array_equal(bn.batch_norm_backward(dy, saved).x[:, 1], dy[:, 1])
+
+
+def test_nothing_counts_at_all() -> None:
+    x = np.random.default_rng(0).normal(3, 2, (50, 3))
+    stats = bn.RunningStats(3)
+    y = bn.batch_norm(x, where=np.zeros((50, 1)), stats=stats, eps=0)
+    np.testing.assert_array_equal(y, x)
+    assert stats.num_updates == 0
+
+
+def test_half_precision_keeps_float32_statistics() -> None:
+    x = np.random.default_rng(0).normal(100, 30, (20_000, 8)).astype(np.float16)
+    m = bn.moments(x)
+    np.testing.assert_allclose(m.mean, x.astype(np.float64).mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(m.var(), x.astype(np.float64).var(axis=0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_half_is_read_and_written(dtype: str) -> None:
+    """All 65,536 bit patterns pass through unchanged; what lies between two rounds to the nearest, ties to even."""
+    x = np.arange(65536, dtype=np.uint16).view(DTYPES[dtype]).reshape(-1, 1)
+    unit = bn.Moments(1, np.zeros(1), np.ones(1))
+    with np.errstate(all="ignore"):  # NumPy's own conversions of NaN patterns
+        y = bn.batch_norm(x, stats=unit, training=False, eps=0)
+        nan = np.isnan(x.astype(np.float32))
+        np.testing.assert_array_equal(y[~nan], x[~nan])
+        assert np.isnan(y[nan].astype(np.float32)).all()
+        wide = x[~nan].astype(np.float64)
+        for scale in (1.1, 1 / 3, 1e-4, 3e4, -0.7):
+            y = bn.batch_norm(x[~nan][:, None], np.array([scale]), stats=unit, training=False, eps=0)[:, 0]
+            np.testing.assert_array_equal(y, (wide * scale).astype(np.float32).astype(DTYPES[dtype]))

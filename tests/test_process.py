@@ -1,0 +1,232 @@
+"""The user's process: threads, forks, determinism, memory, interruptions."""
+
+import os
+import signal
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+
+import bnarray as bn
+from tests.cases import LAYOUTS, OPTIONS, draw
+
+BIG = [((32, 24, 40, 41), (1,)), ((60_000, 24), (1,)), ((24, 60_000), (0,)), ((1_400_000,), ())]
+
+
+def _everything(
+    shape: tuple[int, ...], kept: tuple[int, ...], layout: str, dtype: str, options: Any
+) -> list[np.ndarray]:
+    """Forward and backward: every array that a case's calls return."""
+    case = draw(shape, kept, layout, dtype, options)
+    y, saved = bn.batch_norm_forward(case.x, axis=kept, activation="relu" if case.relu else None, **case.call)
+    gradients = bn.batch_norm_backward(case.dy, saved)
+    return [y, saved.moments.mean, saved.moments.m2, *(each for each in gradients if each is not None)]
+
+
+@pytest.mark.parametrize(("shape", "kept"), BIG)
+@pytest.mark.parametrize("layout", ["c", "fortran", "sliced"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_same_bits_for_any_number_of_threads(
+    shape: tuple[int, ...], kept: tuple[int, ...], layout: str, dtype: str
+) -> None:
+    if numba.config.NUMBA_NUM_THREADS < 2:
+        pytest.skip("one processor: that two threads give the same bits is not verified")
+    options = next(o for o in OPTIONS if o.name == "weights_full_relu")
+    for chosen in (OPTIONS[1], options):
+        results = []
+        for threads in (1, 2):
+            numba.set_num_threads(threads)
+            results.append(_everything(shape, kept, layout, dtype, chosen))
+        for one, two in zip(*results, strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("layout", ["c", "channels_last"])
+def test_same_bits_wherever_the_memory_is(layout: str) -> None:
+    """At any address, into any out, in place or not."""
+    x = LAYOUTS[layout](np.random.default_rng(0).normal(3, 2, (5, 13, 7, 11)).astype(np.float32))
+    expected, m = bn.batch_norm(x), bn.moments(x)
+    for offset in (0, 4, 20, 36, 1, 6):
+        buffer = np.zeros(x.nbytes + 64, np.uint8)
+        order = np.argsort(x.strides)[::-1]
+        moved = buffer[offset : offset + x.nbytes].view(np.float32).reshape([x.shape[i] for i in order])
+        moved = moved.transpose(np.argsort(order))
+        moved[...] = x
+        assert moved.strides == x.strides
+        np.testing.assert_array_equal(bn.moments(moved).m2, m.m2)
+        np.testing.assert_array_equal(bn.batch_norm(x, out=moved.copy(order="K")), expected)
+        np.testing.assert_array_equal(bn.batch_norm(moved, out=moved), expected)
+    strided = np.zeros((5, 13, 14, 22), np.float32)[:, :, ::2, ::2]
+    np.testing.assert_array_equal(bn.batch_norm(x, out=strided), expected)
+
+
+def test_many_threads_share_a_state() -> None:
+    """No update is lost and no read is torn, while large calls share the pool."""
+    stats = bn.RunningStats(4, update_rate=None)
+    rng = np.random.default_rng(0)
+    small = [rng.normal(i, 1, (30, 4)) for i in range(16)]
+    large = rng.normal(5, 2, (400_000, 4)).astype(np.float32)
+    torn = []
+
+    def work(i: int) -> None:
+        for _ in range(40):
+            bn.batch_norm(small[i], stats=stats)
+            seen = stats.copy()
+            if seen.count != 30 * seen.num_updates:
+                torn.append(seen.count)
+        bn.batch_norm(large)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(work, range(16)))
+    assert stats.num_updates == 16 * 40
+    assert stats.count == 16 * 40 * 30
+    everything = np.concatenate(small)
+    np.testing.assert_allclose(stats.mean, everything.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(stats.var * (stats.count - 1) / stats.count, everything.var(axis=0), rtol=1e-10)
+    assert not torn
+
+
+def test_forked_child_and_its_parent(run_python: Callable[..., str]) -> None:
+    """A child forked after threaded calls computes with threads of its own."""
+    code = """
+import os, numpy as np, bnarray as bn
+x = np.random.default_rng(0).normal(size=(400_000, 8)).astype(np.float32)
+stats = bn.RunningStats(8)
+y = bn.batch_norm(x, stats=stats)
+child = os.fork()
+if child == 0:
+    os._exit(0 if (bn.batch_norm(x, stats=stats) == y).all() and stats.num_updates == 2 else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert (bn.batch_norm(x) == y).all()
+print("both")
+"""
+    # Python 3.12 warns of forking a process with threads; that this one gets away with it is what is tested.
+    assert run_python("import warnings; warnings.simplefilter('ignore', DeprecationWarning)\n" + code) == "both\n"
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_multiprocessing(method: str, run_python: Callable[..., str]) -> None:
+    code = f"""
+import multiprocessing, warnings, numpy as np
+warnings.simplefilter("ignore", DeprecationWarning)  # as above
+import bnarray as bn
+if __name__ == "__main__":
+    x = np.ones((400_000, 8), np.float32)
+    bn.batch_norm(x)
+    with multiprocessing.get_context({method!r}).Pool(2) as pool:
+        print(sum(pool.map(bn.moments, [x] * 4), bn.moments(x)).count)
+"""
+    assert run_python(code) == "2000000\n"
+
+
+def test_numba_is_left_alone(run_python: Callable[..., str]) -> None:
+    """Neither its threading layer is started nor its configuration changed."""
+    code = """
+import os, numba, numpy as np
+before = {name: getattr(numba.config, name) for name in dir(numba.config) if name.isupper()}
+environment = dict(os.environ)
+import bnarray as bn
+x = np.ones((400_000, 8), np.float32)
+bn.batch_norm_backward(x, bn.batch_norm_forward(x)[1])
+assert before == {name: getattr(numba.config, name) for name in dir(numba.config) if name.isupper()}
+assert environment == dict(os.environ)
+try:
+    numba.threading_layer()
+except ValueError:
+    print("not started")
+"""
+    assert run_python(code) == "not started\n"
+
+
+def _peak(call: Callable[[], Any]) -> int:
+    call()  # compiles
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_peak_memory(dtype: Any) -> None:
+    """Strided, masked, in-place: beyond the output less than one array like x; in fact less than a tenth."""
+    rng = np.random.default_rng(0)
+    memory = rng.normal(size=(64, 32, 48, 48)).astype(dtype)
+    where = rng.random((64, 1, 48, 48)) < 0.5
+    residual, out, stats = memory.copy(), memory.copy(), bn.RunningStats(32)
+    for x in (memory, memory[:, ::2, ::-1, ::3], memory.swapaxes(1, 3).copy().swapaxes(1, 3), memory.T.copy().T):
+        part, kept = x.nbytes, x.shape[1]
+        assert x.shape[1] in (16, 32)
+        calls = {
+            "moments": (lambda x=x: bn.moments(x), 0),
+            "forward": (lambda x=x: bn.batch_norm(x), part),
+            "forward saved": (lambda x=x: bn.batch_norm_forward(x), part),
+        }
+        if kept == 32:
+            calls |= {
+                "masked": (lambda x=x: bn.batch_norm(x, where=where, stats=stats), part),
+                "residual relu": (lambda x=x: bn.batch_norm(x, residual=residual, activation="relu"), part),
+                "out": (lambda x=x: bn.batch_norm(x, out=out), 0),
+                "in place": (lambda: bn.batch_norm(out, out=out, where=where), 0),
+            }
+        _, saved = bn.batch_norm_forward(x)
+        calls["backward"] = (lambda saved=saved, x=x: bn.batch_norm_backward(x, saved), part)
+        for name, (call, output) in calls.items():
+            extra = _peak(call) - output
+            assert extra < 0.1 * part + 600_000, f"{name}: {extra} bytes beyond the output of {part}"
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    """Without as much memory: most of the elements are one."""
+    size = 2**31 + 1000
+    x = np.broadcast_to(np.float32(2.5), (size,))
+    m = bn.moments(x, axis=())
+    assert (m.count, m.mean, m.m2) == (size, 2.5, 0)
+    rows = np.broadcast_to(np.arange(16, dtype=np.float16), (2**27 + 100, 16))
+    m = bn.moments(rows)
+    assert m.count == 2**27 + 100
+    np.testing.assert_array_equal(m.mean, np.arange(16))
+
+
+def test_indices_beyond_32_bits() -> None:
+    """Both ends of an array of more than 2³¹ elements are read and written."""
+    size = 2**31 + 4096
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if available < 3 * size * 2:
+        pytest.skip(f"{available >> 30} GB of memory: writing more than 2**31 elements is not verified")
+    x = np.zeros((size // 4096, 4096), np.float16)
+    x[0], x[-1] = 1, -1
+    half = bn.Moments(1, np.zeros(()), np.full((), 4.0))
+    assert bn.batch_norm(x, stats=half, training=False, axis=(), eps=0, out=x) is x
+    np.testing.assert_array_equal(x[0], 0.5)
+    np.testing.assert_array_equal(x[-1], -0.5)
+    np.testing.assert_array_equal(x[x.shape[0] // 2], 0)
+
+
+def _train_and_wait(x: np.ndarray, stats: bn.RunningStats) -> None:
+    bn.batch_norm(x, stats=stats)
+    time.sleep(5)  # for a machine that was faster than the signal
+
+
+def test_interruption_leaves_the_state() -> None:
+    """Ctrl-C inside a long call: KeyboardInterrupt, and no update."""
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signals arrive in the main thread only: interruption is not verified")
+    x = np.random.default_rng(0).normal(size=(3_000_000, 8)).astype(np.float32)
+    stats = bn.RunningStats(8)
+    bn.batch_norm(x[:1000])
+    timer = threading.Timer(0.004, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        _train_and_wait(x, stats)
+    timer.join()
+    assert stats.num_updates in (0, 1)
+    assert (stats.num_updates == 0) == (stats.count == 0) == bool((stats.mean == 0).all())
+    np.testing.assert_array_equal(bn.batch_norm(x), bn.batch_norm(x))

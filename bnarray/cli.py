@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--seeds", type=_positive, default=1, metavar="K", help="train K times, for the spread")
     demo.add_argument(
-        "--steps", type=_positive, default=8000, metavar="N", help="steps of each training (default 8000)"
+        "--steps", type=_positive, default=7000, metavar="N", help="steps of each training (default 7000)"
     )
     demo.add_argument(
         "--out", default="bnarray-demo", metavar="FOLDER", help="where the picture goes (default bnarray-demo)"

@@ -199,7 +199,7 @@ def draw(runs: list[Run], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
     colors = dict(zip(RATES, ("#0072b2", "#d55e00", "#009e73"), strict=True))
     first = [run for run in runs if run.seed == runs[0].seed]
     for run in first:
@@ -208,7 +208,7 @@ def draw(runs: list[Run], path: Path) -> None:
         axes[0].plot(run.steps, run.accuracy, style, color=colors[run.rate], label=name)
     axes[0].axhline(GOAL, color="grey", linewidth=0.8)
     axes[0].set(title="Accuracy on the test set", xlabel="step (log)", xscale="log", ylim=(0, 1.02))
-    axes[0].legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=len(first))
     for axis, normalized in zip(axes[1:], (False, True), strict=True):
         run = next(run for run in first if run.rate == RATES[0] and run.normalized == normalized)
         low, middle, high = np.transpose(run.activation)
@@ -221,7 +221,7 @@ def draw(runs: list[Run], path: Path) -> None:
     plt.close(figure)
 
 
-def run(seeds: int = 1, steps: int = 8000, folder: str = "bnarray-demo") -> None:
+def run(seeds: int = 1, steps: int = 7000, folder: str = "bnarray-demo") -> None:
     """Run the whole demo; see the module."""
     begin = time.perf_counter()
     place = Path(folder)

@@ -19,6 +19,7 @@ Vector: TypeAlias = npt.NDArray[np.float64]
 class Memory(NamedTuple):
     """An array, as kernels see it: an address, one of the kinds of `kernels.cpu.memory`, sizes and strides in bytes."""
 
+    owner: object
     address: int
     kind: int
     shape: tuple[int, ...]
@@ -70,7 +71,10 @@ def find_moments(
     sums = np.zeros((3, plan.groups, features))
     count, mean, m2 = sums
     kernel = moments.kernel(_tile_type(x), plan.is_columns, where is not None)
-    pool.run(kernel, plan.pieces, plan.grid, plan.axes, x.address, x.kind, where_at, where_kind, count, mean, m2)
+    owners = x.owner, where and where.owner
+    pool.run(
+        kernel, plan.pieces, owners, plan.grid, plan.axes, x.address, x.kind, where_at, where_kind, count, mean, m2
+    )
     if plan.groups > 1:
         moments.merge_groups(count, mean, m2)
     return count[0], mean[0], m2[0]
@@ -91,8 +95,8 @@ def write_normalized(
     plan = _plan(x.shape, kept, x.strides, y.strides, added.strides)
     in_place = y.address in (x.address, added.address)
     kernel = normalize.kernel(_tile_type(x), plan.is_columns, residual is not None)
-    addresses = x.address, y.address, added.address
-    pool.run(kernel, plan.pieces, plan.grid, plan.axes, *addresses, x.kind, in_place, mean, scale, bias, relu)
+    owners, addresses = (x.owner, y.owner, added.owner), (x.address, y.address, added.address)
+    pool.run(kernel, plan.pieces, owners, plan.grid, plan.axes, *addresses, x.kind, in_place, mean, scale, bias, relu)
 
 
 def _gate(relu: bool, residual: Memory | None) -> int:
@@ -115,9 +119,9 @@ def find_grad_sums(
     plan = _plan(x.shape, kept, x.strides, dy.strides, added.strides)
     sum_dz, sum_dz_x = np.zeros((2, plan.groups, mean.size))
     kernel = grad_sums.kernel(_tile_type(x), plan.is_columns, _gate(relu, residual))
-    addresses = x.address, dy.address, added.address
+    owners, addresses = (x.owner, dy.owner, added.owner), (x.address, dy.address, added.address)
     vectors = mean, scale, bias, sum_dz, sum_dz_x
-    pool.run(kernel, plan.pieces, plan.grid, plan.axes, *addresses, x.kind, dy.kind, *vectors)
+    pool.run(kernel, plan.pieces, owners, plan.grid, plan.axes, *addresses, x.kind, dy.kind, *vectors)
     grad_sums.add_groups(sum_dz, sum_dz_x, invstd)
     return sum_dz[0], sum_dz_x[0]
 
@@ -145,9 +149,10 @@ def write_grad_input(
     operands = [each or x for each in (dy, dx, where, residual, dresidual)]
     plan = _plan(x.shape, kept, x.strides, *(each.strides for each in operands))
     kernel = grad_input.kernel(_tile_type(x), plan.is_columns, _gate(relu, residual), statistics)
+    owners = x.owner, *(each.owner for each in operands)
     addresses = x.address, *(each.address for each in operands)
     kinds = x.kind, dy.kind, x.kind if where is None else where.kind
     mean_dz, mean_dz_x = (mean, mean) if means is None else means
     vectors = mean, invstd, scale, bias, mean_dz, mean_dz_x
     in_place = dx.address == dy.address
-    pool.run(kernel, plan.pieces, plan.grid, plan.axes, *addresses, *kinds, in_place, *vectors)
+    pool.run(kernel, plan.pieces, owners, plan.grid, plan.axes, *addresses, *kinds, in_place, *vectors)

@@ -45,7 +45,7 @@ def _address(x: ndarray, kind: int) -> int:
 
 def _memory(x: ndarray) -> Memory:
     kind = _KINDS[x.dtype]
-    return Memory(_address(x, kind), kind, x.shape, x.strides)
+    return Memory(x, _address(x, kind), kind, x.shape, x.strides)
 
 
 def _optional(x: ndarray | None) -> Memory | None:
@@ -57,7 +57,7 @@ def _where(x: ndarray, where: ndarray | None) -> Memory | None:
         return None
     strides = broadcast_strides(where.shape, where.strides, x.shape)
     kind = _KINDS[where.dtype]
-    return Memory(_address(where, kind), kind, x.shape, strides)
+    return Memory(where, _address(where, kind), kind, x.shape, strides)
 
 
 def _flat(of_features: ndarray) -> Vector:
@@ -65,7 +65,10 @@ def _flat(of_features: ndarray) -> Vector:
 
 
 def _scale_and_bias(invstd: Vector, weight: ndarray | None, bias: ndarray | None) -> tuple[Vector, Vector]:
-    scale = invstd if weight is None else invstd * _flat(weight)
+    scale = invstd
+    if weight is not None:
+        scale = np.empty(invstd.size)
+        features.product(invstd, _flat(weight), scale)
     return scale, np.zeros(invstd.size) if bias is None else _flat(bias)
 
 

@@ -18,6 +18,12 @@ def _invstd(count, m2, eps, invstd):
         invstd[c] = 1 / root if root != 0 else 0.0
 
 
+def _product(a, b, result):
+    """result = a · b; in NumPy it would warn where one is infinite."""
+    for c in range(a.size):
+        result[c] = a[c] * b[c]
+
+
 def _running(mean, var, count, batch_mean, batch_m2, rate, correction, new_mean, new_var):
     """running += rate · (batch − running), where anything was counted; written so that a rate of 1 is the batch."""
     for c in range(mean.size):
@@ -45,6 +51,7 @@ def _means(count, sum_dz, sum_dz_x, mean_dz, mean_dz_x):
 
 
 invstd = Kernel("invstd", types.void(vector, vector, number, results), _invstd)
+product = Kernel("product", types.void(vector, vector, results), _product)
 running = Kernel(
     "running", types.void(vector, vector, vector, vector, vector, number, number, results, results), _running
 )

@@ -6,6 +6,7 @@ caller works too, and a helper that did not get a core in time is never waited f
 """
 
 import os
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -59,26 +60,34 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-def _helpers(number: int, kernel: Any, arguments: tuple[Any, ...]) -> list[Future[None]]:
+def _help(compiled: Callable[..., None], arguments: tuple[Any, ...], owners: tuple[object, ...]) -> None:
+    compiled(*arguments)
+
+
+def _helpers(number: int, *task: Any) -> list[Future[None]]:
     global _executor
     if _executor is None:
         most = max(1, int(numba.config.NUMBA_NUM_THREADS) - 1)
         _executor = ThreadPoolExecutor(most, thread_name_prefix="bnarray")
     try:
-        return [_executor.submit(kernel, *arguments) for _ in range(number)]
+        return [_executor.submit(_help, *task) for _ in range(number)]
     except RuntimeError:  # the interpreter is shutting down and starts no more threads
         return []
 
 
-def run(kernel: Kernel, pieces: int, *arguments: Any) -> None:
-    """Call ``kernel(counter, *arguments)`` from as many threads as are worth it; return when all pieces are done."""
+def run(kernel: Kernel, pieces: int, owners: tuple[object, ...], *arguments: Any) -> None:
+    """Call ``kernel(counter, *arguments)`` from as many threads as are worth it; return when all pieces are done.
+
+    The arguments hold addresses; `owners` are the arrays there. A helper keeps them alive, so that an interruption of
+    the caller (Ctrl-C) never leaves it working on memory that is gone.
+    """
     compiled = kernel.compiled
     counter = np.zeros(1, np.int64)
     helpers = min(threads(), pieces) - 1 if pieces >= WORTH_SHARING else 0
     if helpers <= 0:
         compiled(counter, *arguments)
         return
-    futures = _helpers(helpers, compiled, (counter, *arguments))
+    futures = _helpers(helpers, compiled, (counter, *arguments), owners)
     try:
         compiled(counter, *arguments)
     finally:

@@ -7,7 +7,7 @@ imported by name when the first array of its library arrives, so that no library
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 Array: TypeAlias = Any
 Verbs: TypeAlias = Any  # a namespace with a function for each of VERBS
@@ -19,6 +19,22 @@ VERBS = (
     *("moments", "normalize", "grad_sums", "grad_input"),
     *("merge", "variance", "sum_of_squares", "invstd", "update_stats", "is_finite", "lowest"),
 )
+
+
+class Transform(NamedTuple):
+    """What is done to x, as verbs take it: ``relu((x - mean) * invstd * weight + bias + residual)``.
+
+    The vectors are float64 of the features' shape; `kept` are the feature axes, ascending.
+    """
+
+    kept: tuple[int, ...]
+    mean: Array
+    invstd: Array
+    weight: Array | None
+    bias: Array | None
+    relu: bool
+    residual: Array | None
+
 
 # The part of a type's module before the first dot, where it is not the library's own name.
 _LIBRARY_OF_ROOT = {"jaxlib": "jax"}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from bnarray.dispatch import Array, Verbs, backend, same_backend
+from bnarray.dispatch import Array, Transform, Verbs, backend, same_backend
 from bnarray.layout import features_shape, kept_axes
 from bnarray.stats import Count, Moments, RunningStats, checked_number, explains_momentum
 
@@ -29,25 +29,19 @@ class ResidualGradients(NamedTuple):
 class Saved:
     """What the backward pass needs, and no more.
 
-    `x`, `where` and (under ReLU) `residual` are the caller's arrays, not to be modified until then; all else is copies
-    of per-feature vectors in float64. `moments` are the batch's; they, and `count`, are None where the statistics were
-    constants.
+    `x`, `where` and (under ReLU) the transform's `residual` are the caller's arrays, not to be modified until then; all
+    else is copies of per-feature vectors in float64. `moments` are the batch's; they, and `count`, are None where the
+    statistics were constants.
     """
 
     x: Array
-    kept: tuple[int, ...]
-    mean: Array
-    invstd: Array
+    transform: Transform
+    where: Array | None
     count: Count | None
     moments: Moments | None
-    weight: Array | None
-    bias: Array | None
     weight_dtype: Any
     bias_dtype: Any
-    where: Array | None
-    relu: bool
     has_residual: bool
-    residual: Array | None
 
 
 @explains_momentum
@@ -175,24 +169,16 @@ def batch_norm_forward(
     kept_residual = call.residual if call.relu else None
     if kept_residual is not None and call.overwrites(kept_residual):
         kept_residual = kept_x if residual is x else verbs.copy(kept_residual)
-    copied_weight = None if weight is None else verbs.widen(weight)
-    copied_bias = None if bias is None else verbs.widen(bias)
-    y, mean, invstd, batch = _forward(call)
+    y, transform, batch = _forward(call)
     return y, Saved(
         x=kept_x,
-        kept=call.kept,
-        mean=mean,
-        invstd=invstd,
+        transform=transform._replace(residual=kept_residual),
+        where=call.where,
         count=None if batch is None else batch.count,
         moments=batch,
-        weight=copied_weight,
-        bias=copied_bias,
         weight_dtype=None if weight is None else weight.dtype,
         bias_dtype=None if bias is None else bias.dtype,
-        where=call.where,
-        relu=call.relu,
         has_residual=residual is not None,
-        residual=kept_residual,
     )
 
 
@@ -238,7 +224,7 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved is a {type(saved).__name__}; it should be what batch_norm_forward returned with y")
-    x = saved.x
+    x, transform = saved.x, saved.transform
     verbs = backend(x)
     same_backend(verbs, dy=dy, out=out)
     if dy is None:
@@ -247,23 +233,22 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
     if tuple(dy.shape) != tuple(x.shape):
         raise ValueError(f"dy has shape {tuple(dy.shape)}; it should have x's, {tuple(x.shape)}")
     if out is not None:
-        needed = {"x": x, "where": saved.where, "residual": saved.residual}
+        needed = {"x": x, "where": saved.where, "residual": transform.residual}
         verbs.check_out(out, x, {"dy": dy}, {name: array for name, array in needed.items() if array is not None})
     dresidual = None
-    if saved.has_residual and not saved.relu:
+    if saved.has_residual and not transform.relu:
         dresidual = verbs.cast(dy, x.dtype)
         if out is not None and verbs.overlap(out, dresidual):
             dresidual = verbs.copy(dresidual)
-    vectors = saved.kept, saved.mean, saved.invstd, saved.weight, saved.bias, saved.relu, saved.residual
     if 0 in x.shape:
         dx, dz = (verbs.empty_like(x) if out is None else out), verbs.empty_like(x)
-        sum_dz = sum_dz_x = verbs.zeros(features_shape(x.shape, saved.kept), x)
+        sum_dz = sum_dz_x = verbs.zeros(features_shape(x.shape, transform.kept), x)
     else:
-        sum_dz, sum_dz_x = verbs.grad_sums(dy, x, *vectors)
+        sum_dz, sum_dz_x = verbs.grad_sums(dy, x, transform)
         sums = None if saved.count is None else (sum_dz, sum_dz_x)
-        dx, dz = verbs.grad_input(dy, x, *vectors, saved.where, saved.count, sums, out)
-    dweight = None if saved.weight is None else verbs.cast(sum_dz_x, saved.weight_dtype)
-    dbias = None if saved.bias is None else verbs.cast(sum_dz, saved.bias_dtype)
+        dx, dz = verbs.grad_input(dy, x, transform, saved.where, saved.count, sums, out)
+    dweight = None if transform.weight is None else verbs.cast(sum_dz_x, saved.weight_dtype)
+    dbias = None if transform.bias is None else verbs.cast(sum_dz, saved.bias_dtype)
     if not saved.has_residual:
         return Gradients(dx, dweight, dbias)
     return ResidualGradients(dx, dweight, dbias, dz if dresidual is None else dresidual)
@@ -407,24 +392,26 @@ def _given(stats: RunningStats | Moments | None) -> tuple[Count, Array, Array]:
     return 1, *stats.mean_and_var()
 
 
-def _forward(call: _Call) -> tuple[Array, Array, Array, Moments | None]:
-    """Return (y, mean, invstd, the batch's moments). What can fail comes before out is written, the update after."""
-    verbs, stats = call.verbs, call.stats
+def _forward(call: _Call) -> tuple[Array, Transform, Moments | None]:
+    """Return (y, what was done to x, the batch's moments): what can fail first, then out, then the update."""
+    verbs, stats, x = call.verbs, call.stats, call.x
     moments = update = None
     if call.training:
-        moments = _moments(verbs, call.x, call.kept, call.where)
+        moments = _moments(verbs, x, call.kept, call.where)
         if isinstance(stats, RunningStats):
             update = stats.prepare(moments)
-        mean, invstd = moments.mean, verbs.invstd(moments.count, moments.m2, call.eps)
+        count, mean, m2 = moments.count, moments.mean, moments.m2
     else:
         count, mean, m2 = _given(stats)
-        count = count if isinstance(count, int | float) else verbs.convert(count, call.x)
-        mean, m2 = verbs.convert(mean, call.x), verbs.convert(m2, call.x)
-        invstd = verbs.invstd(count, m2, call.eps)
-    if 0 in call.x.shape:
-        y = verbs.empty_like(call.x) if call.out is None else call.out
+        count = count if isinstance(count, int | float) else verbs.convert(count, x)
+        mean, m2 = verbs.convert(mean, x), verbs.convert(m2, x)
+    invstd = verbs.invstd(count, m2, call.eps)
+    weight, bias = (None if each is None else verbs.widen(each) for each in (call.weight, call.bias))
+    transform = Transform(call.kept, mean, invstd, weight, bias, call.relu, call.residual)
+    if 0 in x.shape:
+        y = verbs.empty_like(x) if call.out is None else call.out
     else:
-        y = verbs.normalize(call.x, call.kept, mean, invstd, call.weight, call.bias, call.relu, call.residual, call.out)
+        y = verbs.normalize(x, transform, call.out)
     if update is not None:
         update()
-    return y, mean, invstd, moments
+    return y, transform, moments

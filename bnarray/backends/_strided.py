@@ -26,6 +26,22 @@ class Memory(NamedTuple):
     strides: tuple[int, ...]
 
 
+class Flat(NamedTuple):
+    """A `dispatch.Transform` with flat vectors; scale is invstd · weight."""
+
+    kept: tuple[int, ...]
+    mean: Vector
+    invstd: Vector
+    scale: Vector
+    bias: Vector
+    relu: bool
+    residual: Memory | None
+
+    @property
+    def gate(self) -> int:
+        return gate.OPEN if not self.relu else gate.RELU if self.residual is None else gate.RELU_ONTO
+
+
 NONE = 0  # the address of an operand that a kernel does not read
 
 
@@ -80,62 +96,34 @@ def find_moments(
     return count[0], mean[0], m2[0]
 
 
-def write_normalized(
-    x: Memory,
-    kept: tuple[int, ...],
-    mean: Vector,
-    scale: Vector,
-    bias: Vector,
-    relu: bool,
-    residual: Memory | None,
-    y: Memory,
-) -> None:
-    """Write (x − mean) · scale + bias (+ residual, with ReLU) to y."""
-    added = x if residual is None else residual
-    plan = _plan(x.shape, kept, x.strides, y.strides, added.strides)
+def write_normalized(x: Memory, flat: Flat, y: Memory) -> None:
+    """Write the transform of x to y."""
+    added = flat.residual or x
+    plan = _plan(x.shape, flat.kept, x.strides, y.strides, added.strides)
     in_place = y.address in (x.address, added.address)
-    kernel = normalize.kernel(_tile_type(x), plan.is_columns, residual is not None)
+    kernel = normalize.kernel(_tile_type(x), plan.is_columns, flat.residual is not None)
     owners, addresses = (x.owner, y.owner, added.owner), (x.address, y.address, added.address)
-    pool.run(kernel, plan.pieces, owners, plan.grid, plan.axes, *addresses, x.kind, in_place, mean, scale, bias, relu)
+    vectors = flat.mean, flat.scale, flat.bias
+    pool.run(kernel, plan.pieces, owners, plan.grid, plan.axes, *addresses, x.kind, in_place, *vectors, flat.relu)
 
 
-def _gate(relu: bool, residual: Memory | None) -> int:
-    return gate.OPEN if not relu else gate.RELU if residual is None else gate.RELU_ONTO
-
-
-def find_grad_sums(
-    dy: Memory,
-    x: Memory,
-    kept: tuple[int, ...],
-    mean: Vector,
-    invstd: Vector,
-    scale: Vector,
-    bias: Vector,
-    relu: bool,
-    residual: Memory | None,
-) -> tuple[Vector, Vector]:
+def find_grad_sums(dy: Memory, x: Memory, flat: Flat) -> tuple[Vector, Vector]:
     """Return Σ dz and Σ dz · x̂ of every feature; dz is dy, or what of it passes ReLU."""
-    added = x if residual is None else residual
-    plan = _plan(x.shape, kept, x.strides, dy.strides, added.strides)
-    sum_dz, sum_dz_x = np.zeros((2, plan.groups, mean.size))
-    kernel = grad_sums.kernel(_tile_type(x), plan.is_columns, _gate(relu, residual))
+    added = flat.residual or x
+    plan = _plan(x.shape, flat.kept, x.strides, dy.strides, added.strides)
+    sum_dz, sum_dz_x = np.zeros((2, plan.groups, flat.mean.size))
+    kernel = grad_sums.kernel(_tile_type(x), plan.is_columns, flat.gate)
     owners, addresses = (x.owner, dy.owner, added.owner), (x.address, dy.address, added.address)
-    vectors = mean, scale, bias, sum_dz, sum_dz_x
+    vectors = flat.mean, flat.scale, flat.bias, sum_dz, sum_dz_x
     pool.run(kernel, plan.pieces, owners, plan.grid, plan.axes, *addresses, x.kind, dy.kind, *vectors)
-    grad_sums.add_groups(sum_dz, sum_dz_x, invstd)
+    grad_sums.add_groups(sum_dz, sum_dz_x, flat.invstd)
     return sum_dz[0], sum_dz_x[0]
 
 
 def write_grad_input(
     dy: Memory,
     x: Memory,
-    kept: tuple[int, ...],
-    mean: Vector,
-    invstd: Vector,
-    scale: Vector,
-    bias: Vector,
-    relu: bool,
-    residual: Memory | None,
+    flat: Flat,
     where: Memory | None,
     means: npt.NDArray[np.float64] | None,
     dx: Memory,
@@ -146,13 +134,13 @@ def write_grad_input(
     `means` are the sums of `find_grad_sums` over the count; None where the statistics were constants.
     """
     statistics = grad_input.CONSTANT if means is None else grad_input.BATCH if where is None else grad_input.WEIGHTED
-    operands = [each or x for each in (dy, dx, where, residual, dresidual)]
-    plan = _plan(x.shape, kept, x.strides, *(each.strides for each in operands))
-    kernel = grad_input.kernel(_tile_type(x), plan.is_columns, _gate(relu, residual), statistics)
+    operands = [each or x for each in (dy, dx, where, flat.residual, dresidual)]
+    plan = _plan(x.shape, flat.kept, x.strides, *(each.strides for each in operands))
+    kernel = grad_input.kernel(_tile_type(x), plan.is_columns, flat.gate, statistics)
     owners = x.owner, *(each.owner for each in operands)
     addresses = x.address, *(each.address for each in operands)
     kinds = x.kind, dy.kind, x.kind if where is None else where.kind
-    mean_dz, mean_dz_x = (mean, mean) if means is None else means
-    vectors = mean, invstd, scale, bias, mean_dz, mean_dz_x
+    mean_dz, mean_dz_x = (flat.mean, flat.mean) if means is None else means
+    vectors = flat.mean, flat.invstd, flat.scale, flat.bias, mean_dz, mean_dz_x
     in_place = dx.address == dy.address
     pool.run(kernel, plan.pieces, owners, plan.grid, plan.axes, *addresses, *kinds, in_place, *vectors)

@@ -1,7 +1,7 @@
 """The verbs in pure Array API, for any library: the fallback, and the truth that tests compare with.
 
-Per-feature arrays (mean, m2, invstd, weight, bias, sums) are float64 of the features' shape; a count is a number, or an
-array of that shape under a mask that differs between features. `kept` are the feature axes, ascending.
+Per-feature arrays (mean, m2, sums) are float64 of the features' shape; a count is a number, or an array of that shape
+under a mask that differs between features. `kept` are the feature axes, ascending.
 """
 
 from math import nan, prod
@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace, device, size
 
-from bnarray.dispatch import Array, backend
+from bnarray.dispatch import Array, Transform, backend
 from bnarray.kernels.merge import merge as _merge
-from bnarray.layout import along_features, broadcasts, varies_along
+from bnarray.layout import along_features, broadcasts, features_shape, varies_along
 
 Count = Any  # a number or an array
 
@@ -165,7 +165,7 @@ def convert(x: Array, like: Array) -> Array:
 def moments(x: Array, kept: tuple[int, ...], where: Array | None) -> tuple[Count, Array, Array]:
     """Return (count, mean, m2) of each feature; elements of weight 0 are not looked at."""
     xp = array_namespace(x)
-    shape = tuple(x.shape[i] for i in kept)
+    shape = features_shape(x.shape, kept)
     values = _features_last(_wide(x), kept)
     if where is None:
         count: Count = values.shape[0]
@@ -212,38 +212,24 @@ def invstd(count: Count, m2: Array, eps: float) -> Array:
     return xp.where(root == 0, xp.zeros_like(root), 1 / root)
 
 
-def _pre_activation(
-    x: Array,
-    kept: tuple[int, ...],
-    mean: Array,
-    invstd: Array,
-    weight: Array | None,
-    bias: Array | None,
-    residual: Array | None,
-) -> Array:
-    scale = invstd if weight is None else invstd * _wide(weight)
-    z = (_wide(x) - _along(x, kept, mean)) * _along(x, kept, scale)
-    if bias is not None:
-        z = z + _along(x, kept, _wide(bias))
+def _scale(transform: Transform) -> Array:
+    return transform.invstd if transform.weight is None else transform.invstd * transform.weight
+
+
+def _pre_activation(x: Array, transform: Transform) -> Array:
+    kept, residual = transform.kept, transform.residual
+    z = (_wide(x) - _along(x, kept, transform.mean)) * _along(x, kept, _scale(transform))
+    if transform.bias is not None:
+        z = z + _along(x, kept, transform.bias)
     return z if residual is None else z + _wide(residual)
 
 
 @_quiet
-def normalize(
-    x: Array,
-    kept: tuple[int, ...],
-    mean: Array,
-    invstd: Array,
-    weight: Array | None,
-    bias: Array | None,
-    relu: bool,
-    residual: Array | None,
-    out: Array | None,
-) -> Array:
-    """Return (x − mean) · invstd · weight + bias (+ residual, with ReLU), in out if it is given."""
+def normalize(x: Array, transform: Transform, out: Array | None) -> Array:
+    """Return the transform of x, in out if it is given."""
     xp = array_namespace(x)
-    z = _pre_activation(x, kept, mean, invstd, weight, bias, residual)
-    if relu:
+    z = _pre_activation(x, transform)
+    if transform.relu:
         z = xp.where(z < 0, xp.zeros_like(z), z)
     y = xp.astype(z, x.dtype)
     if out is None:
@@ -255,59 +241,30 @@ def normalize(
 # -- Backward ----------------------------------------------------------------------------------------------------------
 
 
-def _gated(
-    dy: Array,
-    x: Array,
-    kept: tuple[int, ...],
-    mean: Array,
-    invstd: Array,
-    weight: Array | None,
-    bias: Array | None,
-    relu: bool,
-    residual: Array | None,
-) -> Array:
+def _gated(dy: Array, x: Array, transform: Transform) -> Array:
     """What of dy passes ReLU."""
     xp = array_namespace(x)
     dz = _wide(dy)
-    if not relu:
-        return dz
-    z = _pre_activation(x, kept, mean, invstd, weight, bias, residual)
-    return xp.where(z <= 0, xp.zeros_like(dz), dz)
+    return xp.where(_pre_activation(x, transform) <= 0, xp.zeros_like(dz), dz) if transform.relu else dz
 
 
 @_quiet
-def grad_sums(
-    dy: Array,
-    x: Array,
-    kept: tuple[int, ...],
-    mean: Array,
-    invstd: Array,
-    weight: Array | None,
-    bias: Array | None,
-    relu: bool,
-    residual: Array | None,
-) -> tuple[Array, Array]:
+def grad_sums(dy: Array, x: Array, transform: Transform) -> tuple[Array, Array]:
     """Return Σ dz and Σ dz · x̂ of each feature: the gradients of bias and weight. Where dz is 0, x does not matter."""
-    xp = array_namespace(x)
-    dz = _gated(dy, x, kept, mean, invstd, weight, bias, relu, residual)
-    deviation = _wide(x) - _along(x, kept, mean)
+    xp, kept = array_namespace(x), transform.kept
+    dz = _gated(dy, x, transform)
+    deviation = _wide(x) - _along(x, kept, transform.mean)
     product = xp.where(dz == 0, xp.zeros_like(dz), dz * deviation)
-    shape = tuple(x.shape[i] for i in kept)
+    shape = features_shape(x.shape, kept)
     sum_dz = xp.reshape(xp.sum(_features_last(dz, kept), axis=0), shape)
-    return sum_dz, xp.reshape(xp.sum(_features_last(product, kept), axis=0), shape) * invstd
+    return sum_dz, xp.reshape(xp.sum(_features_last(product, kept), axis=0), shape) * transform.invstd
 
 
 @_quiet
 def grad_input(
     dy: Array,
     x: Array,
-    kept: tuple[int, ...],
-    mean: Array,
-    invstd: Array,
-    weight: Array | None,
-    bias: Array | None,
-    relu: bool,
-    residual: Array | None,
+    transform: Transform,
     where: Array | None,
     count: Count | None,
     sums: tuple[Array, Array] | None,
@@ -317,19 +274,18 @@ def grad_input(
 
     `count` and `sums` (those of `grad_sums`) are None where the statistics were constants.
     """
-    xp = array_namespace(x)
-    dz = _gated(dy, x, kept, mean, invstd, weight, bias, relu, residual)
-    scale = _along(x, kept, invstd if weight is None else invstd * _wide(weight))
+    xp, kept = array_namespace(x), transform.kept
+    dz = _gated(dy, x, transform)
     dx = dz
     if sums is not None:
-        total = count + xp.zeros_like(mean)
+        total = count + xp.zeros_like(transform.mean)
         total = xp.where(total == 0, xp.ones_like(total), total)
-        x_hat = (_wide(x) - _along(x, kept, mean)) * _along(x, kept, invstd)
+        x_hat = (_wide(x) - _along(x, kept, transform.mean)) * _along(x, kept, transform.invstd)
         weights = xp.ones_like(dz) if where is None else _weights(x, where)
         common = _along(x, kept, sums[0] / total) + x_hat * _along(x, kept, sums[1] / total)
         dx = dz - xp.where(weights == 0, xp.zeros_like(dz), weights * common)
-    dx = xp.astype(dx * scale, x.dtype)
-    dresidual = None if residual is None else xp.astype(dz, residual.dtype)
+    dx = xp.astype(dx * _along(x, kept, _scale(transform)), x.dtype)
+    dresidual = None if transform.residual is None else xp.astype(dz, x.dtype)
     if out is None:
         return dx, dresidual
     out[...] = dx

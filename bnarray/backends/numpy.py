@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bnarray.backends import _strided
-from bnarray.backends._strided import Memory, Vector
+from bnarray.backends._strided import Flat, Memory, Vector
 from bnarray.backends.generic import Count
-from bnarray.dispatch import backend
+from bnarray.dispatch import Transform, backend
 from bnarray.kernels.cpu import features, memory
 from bnarray.layout import broadcast_strides, broadcasts, features_shape, varies_along
 
@@ -62,14 +62,6 @@ def _where(x: ndarray, where: ndarray | None) -> Memory | None:
 
 def _flat(of_features: ndarray) -> Vector:
     return np.ascontiguousarray(of_features, np.float64).reshape(-1)
-
-
-def _scale_and_bias(invstd: Vector, weight: ndarray | None, bias: ndarray | None) -> tuple[Vector, Vector]:
-    scale = invstd
-    if weight is not None:
-        scale = np.empty(invstd.size)
-        features.product(invstd, _flat(weight), scale)
-    return scale, np.zeros(invstd.size) if bias is None else _flat(bias)
 
 
 def _counts(count: Count) -> Vector:
@@ -225,67 +217,42 @@ def moments(x: ndarray, kept: tuple[int, ...], where: ndarray | None) -> tuple[C
     return number, mean.reshape(shape), m2.reshape(shape)
 
 
-def normalize(
-    x: ndarray,
-    kept: tuple[int, ...],
-    mean: ndarray,
-    invstd: ndarray,
-    weight: ndarray | None,
-    bias: ndarray | None,
-    relu: bool,
-    residual: ndarray | None,
-    out: ndarray | None,
-) -> ndarray:
+def _flat_transform(transform: Transform) -> Flat:
+    kept, mean, invstd, weight, bias, relu, residual = transform
+    scale = inverse = _flat(invstd)
+    if weight is not None:
+        scale = np.empty(inverse.size)
+        features.product(inverse, _flat(weight), scale)
+    shift = np.zeros(inverse.size) if bias is None else _flat(bias)
+    return Flat(kept, _flat(mean), inverse, scale, shift, relu, _optional(residual))
+
+
+def normalize(x: ndarray, transform: Transform, out: ndarray | None) -> ndarray:
     y = empty_like(x) if out is None else out
-    scale, shift = _scale_and_bias(_flat(invstd), weight, bias)
-    _strided.write_normalized(_memory(x), kept, _flat(mean), scale, shift, relu, _optional(residual), _memory(y))
+    _strided.write_normalized(_memory(x), _flat_transform(transform), _memory(y))
     return y
 
 
-def grad_sums(
-    dy: ndarray,
-    x: ndarray,
-    kept: tuple[int, ...],
-    mean: ndarray,
-    invstd: ndarray,
-    weight: ndarray | None,
-    bias: ndarray | None,
-    relu: bool,
-    residual: ndarray | None,
-) -> tuple[ndarray, ndarray]:
-    inverse = _flat(invstd)
-    scale, shift = _scale_and_bias(inverse, weight, bias)
-    sum_dz, sum_dz_x = _strided.find_grad_sums(
-        _memory(dy), _memory(x), kept, _flat(mean), inverse, scale, shift, relu, _optional(residual)
-    )
-    return sum_dz.reshape(mean.shape), sum_dz_x.reshape(mean.shape)
+def grad_sums(dy: ndarray, x: ndarray, transform: Transform) -> tuple[ndarray, ndarray]:
+    sum_dz, sum_dz_x = _strided.find_grad_sums(_memory(dy), _memory(x), _flat_transform(transform))
+    return sum_dz.reshape(transform.mean.shape), sum_dz_x.reshape(transform.mean.shape)
 
 
 def grad_input(
     dy: ndarray,
     x: ndarray,
-    kept: tuple[int, ...],
-    mean: ndarray,
-    invstd: ndarray,
-    weight: ndarray | None,
-    bias: ndarray | None,
-    relu: bool,
-    residual: ndarray | None,
+    transform: Transform,
     where: ndarray | None,
     count: Count | None,
     sums: tuple[ndarray, ndarray] | None,
     out: ndarray | None,
 ) -> tuple[ndarray, ndarray | None]:
     dx = empty_like(x) if out is None else out
-    dresidual = None if residual is None else empty_like(x)
-    inverse = _flat(invstd)
-    scale, shift = _scale_and_bias(inverse, weight, bias)
+    dresidual = None if transform.residual is None else empty_like(x)
     means = None
     if sums is not None:
-        means = np.empty((2, inverse.size))
+        means = np.empty((2, transform.mean.size))
         features.means(_counts(count), _flat(sums[0]), _flat(sums[1]), *means)
-    _strided.write_grad_input(
-        _memory(dy), _memory(x), kept, _flat(mean), inverse, scale, shift, relu, _optional(residual),
-        _where(x, where), means, _memory(dx), _optional(dresidual),
-    )  # fmt: skip
+    flat, weights = _flat_transform(transform), _where(x, where)
+    _strided.write_grad_input(_memory(dy), _memory(x), flat, weights, means, _memory(dx), _optional(dresidual))
     return dx, dresidual

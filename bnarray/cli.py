@@ -1,6 +1,7 @@
 """The command line."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -35,23 +36,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
-    options = _parser().parse_args(arguments)
+def _demo(options: argparse.Namespace) -> int:
     try:
         from bnarray import demo
     except ModuleNotFoundError as error:
         print(f"bnarray demo needs {error.name}; install it by: pip install 'bnarray[demo]'", file=sys.stderr)
         return 1
+    demo.run(seeds=options.seeds, steps=options.steps, folder=options.out)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code: 0, 1 for a failure, 2 for wrong arguments, 130 for Ctrl-C."""
+    options = _parser().parse_args(arguments)
     try:
-        demo.run(seeds=options.seeds, steps=options.steps, folder=options.out)
+        code = _demo(options)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        sys.stderr.close()  # nobody reads any more: not even Python's own complaint at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: not what is left to flush either
         return 141
     except OSError as error:
-        print(f"bnarray demo: {error}", file=sys.stderr)
+        print(f"bnarray {options.command}: {error}", file=sys.stderr)
         return 1
-    return 0
+    return code

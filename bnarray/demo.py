@@ -150,7 +150,7 @@ def show_features(raw: Floats) -> None:
     before, after = bn.moments(raw), bn.moments(bn.batch_norm(raw))
     spread, spread_after = np.sqrt(before.var()), np.sqrt(after.var())
     varies = spread > 0
-    print(f"1. Handwritten digits: {raw.shape[0]} images of {raw.shape[1]} pixels (features)\n")
+    print(f"1. Handwritten digits: {raw.shape[0]} images of {raw.shape[1]} pixels (features)\n", flush=True)
     print(f"   {'':17} | {'mean':^15} | {'deviation':^15}")
     print(f"   {'feature (pixel)':17} | {'before':>7} {'after':>7} | {'before':>7} {'after':>7}")
     by_mean = np.argsort(before.mean)

@@ -1,5 +1,6 @@
 """The demo, end to end, as a user runs it."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,3 +43,21 @@ def test_help_and_mistakes(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "file/folder" in done.stderr
+
+
+def test_ctrl_c(tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name("bnarray")), "demo", "--steps", "100000"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("1. Handwritten digits")  # it is under way
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "interrupted\n"
+    assert not list((tmp_path / "bnarray-demo").iterdir())
+
+
+def test_closed_pipe(tmp_path: Path) -> None:
+    command = f"{Path(sys.executable).with_name('bnarray')} demo --steps 20 | true"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.stderr == ""

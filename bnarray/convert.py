@@ -1,5 +1,7 @@
 """To and from other forms of a layer."""
 
+import operator
+
 from bnarray.dispatch import Array, backend, same_backend
 from bnarray.layer import BatchNorm
 
@@ -47,8 +49,12 @@ def fold(kernel: Array, bias: Array | None, layer: BatchNorm, *, axis: int = 0) 
         raise TypeError(f"layer is a {type(layer).__name__}; it should be a BatchNorm")
     verbs = backend(kernel, "kernel")
     verbs.check(kernel, "kernel")
-    same_backend(verbs, bias=bias)
+    same_backend(verbs, "kernel", bias=bias)
     shape = layer.stats.features_shape
+    try:
+        axis = operator.index(axis)
+    except TypeError:
+        raise TypeError(f"axis is {axis!r}; it should be an integer") from None
     if not -kernel.ndim <= axis < kernel.ndim:
         raise ValueError(f"axis is {axis}, but kernel has {kernel.ndim} axes")
     outputs = (kernel.shape[axis],)
@@ -64,6 +70,5 @@ def fold(kernel: Array, bias: Array | None, layer: BatchNorm, *, axis: int = 0) 
         scale = scale * verbs.widen(verbs.convert(layer.weight, kernel))
         shift = verbs.widen(verbs.convert(layer.bias, kernel))
     before = -mean if bias is None else verbs.widen(bias) - mean
-    along = tuple(-1 if i == axis % kernel.ndim else 1 for i in range(kernel.ndim))
-    folded = verbs.widen(kernel) * scale.reshape(along)
+    folded = verbs.widen(kernel) * verbs.along(kernel, (axis % kernel.ndim,), scale)
     return verbs.cast(folded, kernel.dtype), verbs.cast(before * scale + shift, kernel.dtype)

@@ -15,9 +15,9 @@ Verbs: TypeAlias = Any  # a namespace with a function for each of VERBS
 #: What functional, stats and layer ask of a backend; each is documented in `backends/generic.py`.
 VERBS = (
     *("check", "check_where", "check_out", "overlap"),
-    *("empty_like", "zeros", "copy", "widen", "cast", "parameter_dtype", "freeze", "to_numpy", "convert"),
+    *("empty_like", "zeros", "copy", "guide", "widen", "cast", "parameter_dtype", "freeze", "to_numpy", "convert"),
     *("moments", "normalize", "grad_sums", "grad_input"),
-    *("merge", "variance", "sum_of_squares", "invstd", "update_stats", "is_finite", "lowest"),
+    *("along", "merge", "variance", "sum_of_squares", "only_above", "invstd", "update_stats", "is_finite", "lowest"),
 )
 
 
@@ -34,6 +34,7 @@ class Transform(NamedTuple):
     bias: Array | None
     relu: bool
     residual: Array | None
+    guide: Any = None  # for a backend whose sums follow memory: how that was before `out` took it
 
 
 # The part of a type's module before the first dot, where it is not the library's own name.
@@ -128,8 +129,8 @@ def default_backend() -> Verbs:
     return _verbs("numpy", load("numpy"))
 
 
-def same_backend(verbs: Verbs, **arrays: Array) -> None:
-    """Check that every array that is not None belongs to the library of x, whose verbs are given.
+def same_backend(verbs: Verbs, of: str, **arrays: Array) -> None:
+    """Check that every array that is not None belongs to the library whose verbs are given, that of the argument `of`.
 
     Raises
     ------
@@ -141,6 +142,6 @@ def same_backend(verbs: Verbs, **arrays: Array) -> None:
             other = backend(array, name)
             if other is not verbs:
                 raise TypeError(
-                    f"{name} is an array of {other.library} and x one of {verbs.library}; convert one of them, for "
+                    f"{name} is an array of {other.library} and {of} one of {verbs.library}; convert one of them, for "
                     f"example by {verbs.library}'s from_dlpack({name})"
                 )

@@ -169,10 +169,12 @@ def batch_norm_forward(
     kept_residual = call.residual if call.relu else None
     if kept_residual is not None and call.overwrites(kept_residual):
         kept_residual = kept_x if residual is x else verbs.copy(kept_residual)
+    overwritten = kept_x is not call.x or (kept_residual is not None and kept_residual is not call.residual)
+    guide = verbs.guide(call.x, call.x if kept_residual is None else call.residual) if overwritten else None
     y, transform, batch = _forward(call)
     return y, Saved(
         x=kept_x,
-        transform=transform._replace(residual=kept_residual),
+        transform=transform._replace(residual=kept_residual, guide=guide),
         where=call.where,
         count=None if batch is None else batch.count,
         moments=batch,
@@ -226,7 +228,7 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
         raise TypeError(f"saved is a {type(saved).__name__}; it should be what batch_norm_forward returned with y")
     x, transform = saved.x, saved.transform
     verbs = backend(x)
-    same_backend(verbs, dy=dy, out=out)
+    same_backend(verbs, "x", dy=dy, out=out)
     if dy is None:
         raise TypeError("dy is None; it should be the gradient of y")
     dy = verbs.check(dy, "dy")
@@ -282,7 +284,7 @@ def moments(x: Array, *, axis: int | tuple[int, ...] = 1, where: Array | None = 
     verbs = backend(x)
     x = verbs.check(x, "x")
     kept = kept_axes(axis, x.ndim)
-    same_backend(verbs, where=where)
+    same_backend(verbs, "x", where=where)
     if where is not None:
         where = verbs.check_where(x, where)
     _check_group(group)
@@ -327,7 +329,7 @@ def _checked(
     x = verbs.check(x, "x")
     kept = kept_axes(axis, x.ndim)
     features = features_shape(x.shape, kept)
-    same_backend(verbs, weight=weight, bias=bias, where=where, residual=residual, out=out)
+    same_backend(verbs, "x", weight=weight, bias=bias, where=where, residual=residual, out=out)
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
             verbs.check(parameter, name)
@@ -337,7 +339,7 @@ def _checked(
     eps = checked_number(eps, "eps")
     if where is not None:
         where = verbs.check_where(x, where)
-    if activation not in (None, "relu"):
+    if activation is not None and not (isinstance(activation, str) and activation == "relu"):
         raise ValueError(f"activation is {activation!r}; it should be None or 'relu'")
     if residual is not None:
         residual = verbs.check(residual, "residual")
@@ -381,7 +383,10 @@ def _moments(verbs: Verbs, x: Array, kept: tuple[int, ...], where: Array | None)
     if 0 in x.shape:
         nothing = verbs.zeros(features_shape(x.shape, kept), x)
         return Moments.of(0, nothing, nothing)
-    return Moments.of(*verbs.moments(x, kept, where))
+    count, mean, m2 = verbs.moments(x, kept, where)
+    if where is not None and not verbs.is_finite(verbs.zeros((), x) + count):
+        raise ValueError("where holds weights whose sum is beyond the largest number; scale them")
+    return Moments.of(count, mean, m2)
 
 
 def _given(stats: RunningStats | Moments | None) -> tuple[Count, Array, Array]:

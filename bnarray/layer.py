@@ -5,6 +5,7 @@ from typing import Any
 
 from bnarray.dispatch import Array, backend, default_backend
 from bnarray.functional import Saved, batch_norm_backward, batch_norm_forward
+from bnarray.layout import kept_axes
 from bnarray.stats import RunningStats, checked_number, explains_momentum
 
 
@@ -88,6 +89,9 @@ class BatchNorm:
                 raise ValueError(
                     f"stats has features of shape {stats.features_shape}; it should be {own.features_shape}"
                 )
+            if (update_rate, correction) not in ((0.1, 1), (stats.update_rate, stats.correction)):
+                raise ValueError("stats has an update_rate and a correction of its own; leave out those of the layer")
+        kept_axes(axis, ndim=64)
         self.axis = axis
         self.eps = checked_number(eps, "eps")
         self.activation = activation
@@ -217,6 +221,10 @@ class BatchNorm:
             parameters[name] = verbs.copy(verbs.cast(verbs.convert(d[name], self.weight), self.weight.dtype))
         self.stats.load_state_dict(d)
         self.__dict__.update(parameters)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have no forward to go back from, and no batch in them."""
+        return self.__dict__ | {"_saved": None, "grad_residual": None}
 
     def __repr__(self) -> str:
         return (

@@ -25,6 +25,7 @@ FEW_FEATURES = 8  # fewer features than this are read one by one, as rows with a
 WIDEST = 1024  # features side by side in a tile
 PIECE = 32768  # elements handed to a thread at a time, at least
 PIECES = 256  # and not many more pieces than this
+GROUP = 256  # values of a feature merged in order, at least: partial results stay small beside x
 
 
 class Axis(NamedTuple):
@@ -89,7 +90,8 @@ class Layout:
         chunks *= ceil(self.down.size / depth)
         piece = max(1, max(PIECE, chunks * spans * depth * width // PIECES) // (depth * width))
         spans_per_block = min(spans, piece)
-        chunks_per_group = min(chunks, max(1, piece // spans_per_block))
+        values = depth if self.is_columns else depth * width
+        chunks_per_group = min(chunks, max(ceil(GROUP / values), piece // spans_per_block))
         return Tiling(self.is_columns, depth, width, chunks, spans, chunks_per_group, spans_per_block)
 
 

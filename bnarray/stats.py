@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial, reduce, wraps
-from math import isfinite
+from math import inf, isfinite
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from bnarray.dispatch import Array, backend, default_backend, load
@@ -76,6 +76,8 @@ class Moments:
         backend(m2, "m2").check(m2, "m2")
         if tuple(mean.shape) != tuple(m2.shape):
             raise ValueError(f"m2 has shape {tuple(m2.shape)}; it should have mean's, {tuple(mean.shape)}")
+        if verbs.lowest(m2) < 0:
+            raise ValueError("m2 holds a negative number; it is a sum of squares")
         self._set(_checked_count(count, mean), verbs.freeze(verbs.widen(mean)), verbs.freeze(verbs.widen(m2)))
 
     def _set(self, count: Count, mean: Array, m2: Array) -> None:
@@ -141,12 +143,18 @@ class Moments:
         ValueError
             If there are none.
         """
-        samples = iter(moments)
+        samples = (_checked_moments(each) for each in moments)
         try:
             first = next(samples)
         except StopIteration:
             raise ValueError("moments is empty; merge_all needs at least one") from None
         return reduce(Moments.merge, samples, first)
+
+
+def _checked_moments(moments: object) -> Moments:
+    if not isinstance(moments, Moments):
+        raise TypeError(f"moments holds a {type(moments).__name__}; it should hold Moments only")
+    return moments
 
 
 def _checked_count(count: Count, like: Array) -> Count:
@@ -181,8 +189,8 @@ class _State(NamedTuple):
     num_skipped: int
 
 
-# States are replaced under one lock for all, held for microseconds; a fork waits for it, so that no child inherits a
-# lock that nobody will release.
+# States are exchanged under one lock for all. Nothing is computed under it, and a fork waits for it, so that no child
+# inherits a lock that nobody will release.
 _replacing = threading.RLock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
@@ -190,7 +198,7 @@ if hasattr(os, "register_at_fork"):
     )
 
 # The states that calls in this context do not update.
-_frozen: ContextVar[tuple[int, ...]] = ContextVar("bnarray_frozen", default=())
+_frozen: ContextVar[tuple["RunningStats", ...]] = ContextVar("bnarray_frozen", default=())
 
 _PACKAGE = os.path.dirname(__file__)
 _FIELDS = ("running_mean", "running_var", "count", "num_updates", "num_skipped")
@@ -354,7 +362,7 @@ class RunningStats:
             raise TypeError(f"moments is a {type(moments).__name__}; it should be Moments: see bnarray.moments")
         if tuple(moments.mean.shape) != self._shape:
             raise ValueError(f"moments has features of shape {tuple(moments.mean.shape)}; it should be {self._shape}")
-        if id(self) in _frozen.get():
+        if any(frozen is self for frozen in _frozen.get()):
             return _nothing
         verbs = backend(moments.mean)
         lowest = verbs.lowest(moments.count)
@@ -374,17 +382,25 @@ class RunningStats:
             return self._skip
         return partial(self._take_in, moments)
 
+    def _replace(self, change: Callable[[_State], _State]) -> None:
+        """Exchange the state for a changed one; begin again if another thread was faster."""
+        while True:
+            before = self._state
+            after = change(before)
+            with _replacing:
+                if self._state is before:
+                    self._state = after
+                    return
+
     def _skip(self) -> None:
-        with _replacing:
-            self._state = self._state._replace(num_skipped=self._state.num_skipped + 1)
+        self._replace(lambda state: state._replace(num_skipped=state.num_skipped + 1))
 
     def _take_in(self, moments: Moments) -> None:
         like = self._state.mean
         verbs = backend(like)
         count = moments.count if isinstance(moments.count, int | float) else verbs.convert(moments.count, like)
         batch = count, verbs.convert(moments.mean, like), verbs.convert(moments.m2, like)
-        with _replacing:
-            self._state = self._after(self._state, batch, num_updates=1)
+        self._replace(lambda state: self._after(state, batch, num_updates=1))
 
     def _after(self, state: _State, batch: tuple[Count, Array, Array], num_updates: int) -> _State:
         verbs = backend(state.mean)
@@ -430,20 +446,22 @@ class RunningStats:
         if other._shape != self._shape:
             raise ValueError(f"other has features of shape {other._shape}; it should be {self._shape}")
         theirs = other.to(self._state.mean)._state
-        with _replacing:
-            merged = self._after(self._state, (theirs.count, theirs.mean, theirs.m2), theirs.num_updates)
-            self._state = merged._replace(num_skipped=merged.num_skipped + theirs.num_skipped)
+
+        def joined(state: _State) -> _State:
+            merged = self._after(state, (theirs.count, theirs.mean, theirs.m2), theirs.num_updates)
+            return merged._replace(num_skipped=merged.num_skipped + theirs.num_skipped)
+
+        self._replace(joined)
 
     def reset(self) -> None:
         """Forget everything: mean 0, variance 1, counts 0."""
         fresh = self._initial(backend(self._state.mean).zeros(self._shape, self._state.mean))
-        with _replacing:
-            self._state = fresh
+        self._replace(lambda state: fresh)
 
     @contextmanager
     def frozen(self) -> Iterator["RunningStats"]:
         """Make calls inside, in this thread (context) only, leave the state alone: for recomputation and probing."""
-        token = _frozen.set((*_frozen.get(), id(self)))
+        token = _frozen.set((*_frozen.get(), self))
         try:
             yield self
         finally:
@@ -486,6 +504,9 @@ class RunningStats:
     def load_state_dict(self, d: Mapping[str, Any]) -> None:
         """Take over a snapshot; the library and device stay this state's.
 
+        A cumulative state whose count does not exceed the correction has no variance yet, and a snapshot no room for
+        what it knows instead (`save` has): it goes on as if its values so far were equal.
+
         Raises
         ------
         KeyError
@@ -506,10 +527,11 @@ class RunningStats:
         num_updates, num_skipped = (_checked_whole(d[field], field) for field in _FIELDS[3:])
         m2 = None
         if self._update_rate is None:
+            # Of the squares below a count that does not exceed the correction, var tells nothing.
             m2 = verbs.sum_of_squares(count, var, self._correction)
-        state = self._held(_State(count, mean, var, m2, num_updates, num_skipped))
-        with _replacing:
-            self._state = state
+            var = verbs.only_above(count, var, self._correction)
+        loaded = self._held(_State(count, mean, var, m2, num_updates, num_skipped))
+        self._replace(lambda state: loaded)
 
     def _loaded(self, array: Array, name: str) -> Array:
         verbs = backend(array, name)
@@ -554,21 +576,22 @@ class RunningStats:
             If it is damaged, of an unknown version, or no saved statistics.
         """
         arrays, settings = load("_archive").read(path)
+        try:
+            return RunningStats._restored(arrays, settings)
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(f"{os.fspath(path)!r} holds no statistics saved by bnarray: {error}") from error
+
+    @staticmethod
+    def _restored(arrays: dict[str, Any], settings: dict[str, Any]) -> "RunningStats":
         updates, skipped = settings.pop("num_updates"), settings.pop("num_skipped")
-        shape = arrays["mean"].shape
-        stats = RunningStats(shape, **settings)
-        count = arrays["count"]
-        stats.load_state_dict(
-            {
-                "running_mean": arrays["mean"],
-                "running_var": arrays["var"],
-                "count": count.item() if count.shape == () else count,
-                "num_updates": updates,
-                "num_skipped": skipped,
-            }
-        )
-        if "m2" in arrays:
-            stats._state = stats._held(stats._state._replace(m2=stats._loaded(arrays["m2"], "m2")))
+        stats = RunningStats(arrays["mean"].shape, **settings)
+        count = arrays["count"].item() if arrays["count"].shape == () else arrays["count"]
+        saved = arrays["mean"], arrays["var"], count, updates, skipped
+        stats.load_state_dict(dict(zip(_FIELDS, saved, strict=True)))
+        if stats._update_rate is None:
+            moments = Moments(count, arrays["mean"], stats._loaded(arrays["m2"], "m2"))
+            var = backend(moments.m2).variance(moments.count, moments.m2, stats._correction, 1.0)
+            stats._state = stats._held(stats._state._replace(m2=moments.m2, var=var))
         return stats
 
 
@@ -578,22 +601,21 @@ def checked_number(value: object, name: str, *, most: float | None = None) -> fl
         if isinstance(value, str | bytes):
             raise TypeError
         number = float(value)  # type: ignore[arg-type]  # whatever it is, it says itself
+    except OverflowError:
+        number = inf
     except (TypeError, ValueError):
         raise TypeError(f"{name} is {value!r}; it should be a number") from None
     if not number >= 0 or not isfinite(number) or (most is not None and number > most):
         span = "a finite number >= 0" if most is None else f"from 0 to {most:g}"
         raise ValueError(f"{name} is {value!r}; it should be {span}")
-    return value if isinstance(value, int | float) else number
+    return number
 
 
 def _checked_whole(value: object, name: str) -> int:
     try:
         number = operator.index(value)  # type: ignore[arg-type]  # whatever it is, it says itself
     except TypeError:
-        try:
-            number = int(value)  # type: ignore[call-overload]  # arrays without axes, as files give them
-        except (TypeError, ValueError):
-            raise TypeError(f"{name} is {value!r}; it should be an integer") from None
+        raise TypeError(f"{name} is {value!r}; it should be an integer") from None
     if number < 0:
         raise ValueError(f"{name} is {number}; it should be >= 0")
     return number

@@ -75,8 +75,10 @@ def reference(
         return np.sum(values, axis=reduced, keepdims=True)
 
     def scale_of(*terms: Floats) -> Floats:
-        largest = np.max(np.broadcast_arrays(*terms), axis=0)
-        return np.broadcast_to(largest.max(axis=reduced, keepdims=True), x.shape) if x.dtype == np.float64 else largest
+        largest: Floats = np.max(np.broadcast_arrays(*terms), axis=0)
+        if x.dtype != np.float64 or x.size == 0:
+            return largest
+        return np.broadcast_to(largest.max(axis=reduced, keepdims=True), x.shape)
 
     wide = x.astype(np.float64)
     ones = np.ones(x.shape)

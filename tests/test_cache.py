@@ -1,12 +1,15 @@
 """Compiled kernels on disk: kept, found again, never old, never in the way."""
 
+import gc
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numba.core.registry import CPUDispatcher
 
 import bnarray
 
@@ -124,6 +127,51 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert done.stdout.startswith(RIGHT)
     assert done.stderr == ""
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+SHIFTED = """
+import sys, numba, numpy as np, bnarray as bn
+for _ in range(int(sys.argv[1])):
+    numba.njit(lambda a: a + 1)(1)  # the user's own functions move Numba's counter
+x = np.random.default_rng(0).normal(size=(20, 40))
+for dtype in sys.argv[2:]:
+    half = x.astype(dtype)
+    y = bn.batch_norm(half, axis=0, residual=half if dtype != "float64" else None)
+    wide = half.astype(np.float64)
+    expected = (wide - wide.mean(axis=1)[:, None]) / np.sqrt(wide.var(axis=1) + 1e-5)[:, None]
+    assert abs(y - expected - (half if dtype != "float64" else 0)).max() < 1e-2, dtype
+"""
+
+
+@pytest.mark.parametrize("shift", [3, 6, 8])
+def test_kernels_of_several_processes_meet_in_one(shift: int, tmp_path: Path) -> None:
+    """Functions that were compiled in different processes are not taken for one another."""
+    environment = os.environ | {"BNARRAY_CACHE_DIR": str(tmp_path)}
+    for arguments in ([str(shift), "float16"], ["0", "float64"], ["0", "float64", "float16", "float32"]):
+        subprocess.run([sys.executable, "-c", SHIFTED, *arguments], env=environment, check=True, timeout=300)
+
+
+def test_every_compiled_function_has_a_name_of_its_own() -> None:
+    """Numba's symbols are made of names and types, and know nothing of closures."""
+    from bnarray.kernels.cpu import grad_input, grad_sums, moments, normalize
+
+    for dtype in (np.float32, np.float64):
+        for is_columns in (False, True):
+            for flag in (False, True):
+                moments.kernel(dtype, is_columns, flag)
+                normalize.kernel(dtype, is_columns, flag)
+            for gate in range(3):
+                grad_sums.kernel(dtype, is_columns, gate)
+                for statistics in range(3):
+                    grad_input.kernel(dtype, is_columns, gate, statistics)
+    functions = {
+        id(each.py_func): each.py_func
+        for each in gc.get_objects()
+        if type(each) is CPUDispatcher and each.py_func.__module__.startswith("bnarray.")
+    }
+    names = [(each.__module__, each.__qualname__) for each in functions.values()]
+    assert len(names) > 60
+    assert len(set(names)) == len(names)
 
 
 def test_processes_that_start_together(tmp_path: Path) -> None:

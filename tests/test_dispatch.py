@@ -82,6 +82,18 @@ def test_state_of_another_library() -> None:
     assert type(strict_stats.to(x).mean) is np.ndarray
 
 
+def test_fold_in_another_library() -> None:
+    layer = bn.BatchNorm(3)
+    layer(np.random.default_rng(0).normal(2, 3, (20, 3)))
+    kernel = np.random.default_rng(1).normal(size=(3, 4, 2))
+    folded, bias = bn.fold(xp.asarray(kernel), None, layer)
+    ours, our_bias = bn.fold(kernel, None, layer)
+    np.testing.assert_allclose(np.asarray(folded), ours, rtol=1e-12)
+    np.testing.assert_allclose(np.asarray(bias), our_bias, rtol=1e-12)
+    with pytest.raises(TypeError, match="bias is an array of numpy and kernel one of array_api_strict"):
+        bn.fold(xp.asarray(kernel), np.ones(3), layer)
+
+
 def test_register_backend() -> None:
     """An outsider's library: the verbs it has are used, the generic ones stand in for the others."""
 

@@ -94,6 +94,7 @@ def test_state_dict(affine: bool) -> None:
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         np.testing.assert_array_equal(twin(x), layer(x))
         assert twin.stats is not layer.stats
+    assert len(pickle.dumps(layer)) < 4000  # without the last batch
     if affine:
         before = other.weight.copy()
         for change, error in [
@@ -118,6 +119,8 @@ def test_refuses() -> None:
         ({"activation": "tanh"}, ValueError),
         ({"stats": bn.RunningStats(4)}, ValueError),
         ({"stats": "shared"}, TypeError),
+        ({"stats": bn.RunningStats(3, update_rate=0.5), "update_rate": 0.2}, ValueError),
+        ({"axis": "a"}, TypeError),
         ({"eps": -1}, ValueError),
     ]:
         with pytest.raises(error, match=next(iter(keywords))):
@@ -167,6 +170,7 @@ def test_fold_refuses() -> None:
         ((np.ones((4, 3)), None, layer), {}, ValueError, "layer has features of shape"),
         ((np.ones((5, 3)), np.ones(3), layer), {}, ValueError, "bias has shape"),
         ((np.ones((5, 3)), None, layer), {"axis": 2}, ValueError, "axis is 2"),
+        ((np.ones((5, 3)), None, layer), {"axis": "a"}, TypeError, "axis is 'a'"),
         ((np.ones((5, 3), int), None, layer), {}, TypeError, "kernel has dtype"),
         ((np.ones((5, 3)), None, bn.RunningStats(5)), {}, TypeError, "layer is a RunningStats"),
     ]:

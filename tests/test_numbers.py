@@ -158,3 +158,40 @@ def test_every_half_is_read_and_written(dtype: str) -> None:
         for scale in (1.1, 1 / 3, 1e-4, 3e4, -0.7):
             y = bn.batch_norm(x[~nan][:, None], np.array([scale]), stats=unit, training=False, eps=0)[:, 0]
             np.testing.assert_array_equal(y, (wide * scale).astype(np.float32).astype(DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("layout", ["c", "channels_last"])
+@pytest.mark.parametrize("values", [(1.4536341, -1.4536341), (0.0, 2.2), (1e-18, 2e-15)])
+def test_few_distinct_values(layout: str, values: tuple[float, float]) -> None:
+    """The same rounding again and again, which float32 sums would add up."""
+    rng = np.random.default_rng(0)
+    x = LAYOUTS[layout](rng.choice(np.float32(values), (64, 16, 8, 8)))
+    dy = rng.normal(size=x.shape).astype(np.float32)
+    truth, tolerance = reference(x, dy, (1,), eps=1e-40), TOLERANCES["float32"]
+    y, saved = bn.batch_norm_forward(x, eps=1e-40)
+    np.testing.assert_allclose(saved.moments.var(), truth.var.ravel(), rtol=1e-12)
+    assert_close(y, truth.y, truth.y_scale, tolerance, 2)
+    assert_close(bn.batch_norm_backward(dy, saved).x, truth.dx, truth.dx_scale, tolerance, 8)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(100, 12), (100, 3), (5, 3, 50)])
+def test_constant_under_weights(dtype: type, shape: tuple[int, ...]) -> None:
+    """Rounding never makes a sum of squares negative."""
+    for value in (0.1, 1e6 + 0.1, -7.7):
+        x = np.full(shape, value, dtype)
+        for where in (None, np.full(shape[:1] + (1,) * (len(shape) - 1), 0.3), np.random.default_rng(0).random(shape)):
+            m = bn.moments(x, where=where)
+            assert (m.m2 >= 0).all()
+            assert np.isfinite(bn.batch_norm(x, where=where, eps=0)).all()
+
+
+@pytest.mark.parametrize("weight", [1e-280, 1e-100, 1e-38, 1e-36, 1e30, 1e300])
+def test_weights_of_any_size(weight: float) -> None:
+    m = bn.moments(np.array([[1.0], [3.0]]), where=np.full((2, 1), weight))
+    np.testing.assert_allclose(m.mean, 2, rtol=1e-12)
+    np.testing.assert_allclose(m.var(), 1, rtol=1e-12)
+    m = m + m
+    np.testing.assert_allclose(m.mean, 2, rtol=1e-12)
+    with pytest.raises(ValueError, match="where holds weights whose sum"):
+        bn.moments(np.array([[1.0], [3.0]]), where=np.full((2, 1), 1.5e308))

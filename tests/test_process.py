@@ -230,3 +230,60 @@ def test_interruption_leaves_the_state() -> None:
     assert stats.num_updates in (0, 1)
     assert (stats.num_updates == 0) == (stats.count == 0) == bool((stats.mean == 0).all())
     np.testing.assert_array_equal(bn.batch_norm(x), bn.batch_norm(x))
+
+
+@pytest.mark.parametrize("overwritten", ["x", "residual"])
+def test_same_gradients_whatever_was_overwritten(overwritten: str) -> None:
+    """The copy that is kept of an overwritten array has other strides; the sums over it have the same bits."""
+    rng = np.random.default_rng(0)
+    big, dy = rng.normal(size=(2, 64, 9, 33, 40))
+    dy = dy[:, :, ::2, ::3].copy()
+    x, residual = big[:, :, ::2, ::3], rng.normal(size=big.shape)[:, :, ::2, ::3]
+    keywords = {"activation": "relu", "residual": residual} if overwritten == "residual" else {}
+    expected = bn.batch_norm_backward(dy, bn.batch_norm_forward(x, np.ones(9), np.zeros(9), **keywords)[1])
+    out = residual if overwritten == "residual" else x
+    _, saved = bn.batch_norm_forward(x, np.ones(9), np.zeros(9), out=out, **keywords)
+    for ours, theirs in zip(bn.batch_norm_backward(dy, saved), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_no_partial_results_are_kept() -> None:
+    x = np.ones((1000, 20000), np.float16)
+    bn.moments(x)
+    tracemalloc.start()
+    try:
+        m = bn.moments(x)
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert m.mean.shape == (20000,)
+    assert kept < 5 * 20000 * 8
+    assert peak < 0.1 * x.nbytes
+
+
+def test_fork_during_an_update(run_python: Callable[..., str]) -> None:
+    """A fork while another thread updates and compiles waits for it; neither hangs."""
+    code = """
+import os, threading, time, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # as above
+import numpy as np, bnarray as bn
+from bnarray.kernels.cpu import features
+compiled = type(features.running).compiled.fget
+def slowly(kernel):
+    time.sleep(0.05)
+    return compiled(kernel)
+type(features.running).compiled = property(slowly)
+x, stats = np.random.default_rng(0).normal(size=(30, 2)), bn.RunningStats(2)
+thread = threading.Thread(target=lambda: [bn.batch_norm(x, stats=stats) for _ in range(5)])
+thread.start()
+for _ in range(20):
+    time.sleep(0.03)
+    child = os.fork()
+    if child == 0:
+        bn.batch_norm(x, stats=stats)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+thread.join()
+print(stats.num_updates)
+"""
+    assert run_python(code) == "5\n"

@@ -1,5 +1,6 @@
 """Moments and RunningStats: closed forms, merges, bad batches, copies, files."""
 
+import contextvars
 import copy
 import json
 import pickle
@@ -291,7 +292,8 @@ def test_load_state_dict_refuses_and_keeps() -> None:
         ({"running_var": np.array([-1.0, 1])}, ValueError),
         ({"count": -1}, ValueError),
         ({"num_updates": -1}, ValueError),
-        ({"num_updates": "many"}, TypeError),
+        ({"num_updates": "3"}, TypeError),
+        ({"num_updates": 2.5}, TypeError),
     ]:
         with pytest.raises(error, match=next(iter(change))):
             stats.load_state_dict(good | change)
@@ -383,3 +385,66 @@ def test_a_rate_of_one_is_the_batch() -> None:
     bn.batch_norm(x, stats=stats)
     np.testing.assert_array_equal(stats.mean, bn.moments(x).mean)
     np.testing.assert_array_equal(stats.var, bn.moments(x).var(1))
+
+
+def test_frozen_is_the_state_and_not_its_address() -> None:
+    m = bn.moments(_batches(1)[0])
+    stats = bn.RunningStats(3)
+    with stats.frozen():
+        context = contextvars.copy_context()
+    del stats
+    others = [bn.RunningStats(3) for _ in range(50)]
+    for other in others:
+        context.run(other.update, m)
+        assert other.num_updates == 1
+
+
+def test_a_loaded_cumulative_variance_is_one_until_it_exists() -> None:
+    stats = bn.RunningStats(1, update_rate=None)
+    stats.load_state_dict(stats.state_dict() | {"count": 1, "running_var": np.array([5.0]), "num_updates": 1})
+    assert stats.var[0] == 1
+
+
+def test_a_file_keeps_what_a_small_count_knows(tmp_path: Path) -> None:
+    stats = bn.RunningStats(1, update_rate=None)
+    stats.update(bn.moments(np.array([[1.0], [2.0]]), where=np.array([[0.4], [0.4]])))
+    stats.save(tmp_path / "stats.npz")
+    read = bn.RunningStats.load(tmp_path / "stats.npz")
+    m = bn.moments(np.array([[3.0], [5.0]]))
+    np.testing.assert_array_equal(read.updated(m).var, stats.updated(m).var)
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "stats.npz"
+    stats = bn.RunningStats(3, update_rate=None)
+    stats.update(bn.moments(_batches(1)[0]))
+    stats.save(path)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(500):
+        damaged = bytearray(whole)
+        for at in rng.integers(0, len(whole), 3):
+            damaged[at] = rng.integers(256)
+        path.write_bytes(damaged)
+        read, refusal = None, ""
+        try:
+            read = bn.RunningStats.load(path)
+        except ValueError as error:
+            refusal = str(error)
+        if read is None:
+            assert "holds no statistics saved by bnarray" in refusal
+        else:
+            np.testing.assert_array_equal(read.mean, stats.mean)
+            np.testing.assert_array_equal(read.var, stats.var)
+
+
+def test_state_cannot_be_made_writeable() -> None:
+    stats = bn.RunningStats(3)
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        stats.mean.flags.writeable = True
+
+
+def test_merge_all_takes_moments_only() -> None:
+    with pytest.raises(TypeError, match="moments holds a int"):
+        bn.Moments.merge_all([1])
+    with pytest.raises(ValueError, match="m2 holds a negative"):
+        bn.Moments(2, np.zeros(1), -np.ones(1))

@@ -1,9 +1,9 @@
 """Saved statistics: an `.npz` file of plain arrays and a line of JSON, written whole or not at all."""
 
+import io
 import json
 import os
 import tempfile
-import zipfile
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ _SETTINGS = {"update_rate", "correction", "nonfinite", "num_updates", "num_skipp
 def write(path: str | os.PathLike[str], arrays: dict[str, Any], **settings: Any) -> None:
     """Write arrays and settings beside path, then rename."""
     about = json.dumps({"format": _FORMAT, "version": _VERSION, **settings})
-    place = os.path.abspath(os.fspath(path))
+    place = os.path.realpath(os.fsdecode(path))  # a link stays one
     handle, beside = tempfile.mkstemp(dir=os.path.dirname(place), prefix=f"{os.path.basename(place)}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -34,8 +34,10 @@ def write(path: str | os.PathLike[str], arrays: dict[str, Any], **settings: Any)
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     """Return the arrays and settings of a file that `write` made."""
+    with open(path, "rb") as file:
+        content = io.BytesIO(file.read())
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+        with np.load(content, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("it holds one array")
             about = json.loads(str(archive["about"]))
@@ -50,5 +52,5 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, npt.NDArray[Any]], dic
             if not {"mean", "var", "count"} <= arrays.keys():
                 raise ValueError("an array is missing")
             return arrays, about
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{os.fspath(path)} holds no statistics saved by bnarray: {error}") from error
+    except Exception as error:  # what zipfile, zlib, NumPy and json make of damaged bytes is of a dozen types
+        raise ValueError(f"{os.fspath(path)!r} holds no statistics saved by bnarray: {error}") from error

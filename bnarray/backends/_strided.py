@@ -5,6 +5,7 @@ cached per combination of shapes, axes and strides; execution is one kernel call
 """
 
 from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -26,6 +27,10 @@ class Memory(NamedTuple):
     strides: tuple[int, ...]
 
 
+# Elements. On fewer, a helper that wakes up finds too little left: handing out costs about 100 µs.
+WORTH_SHARING = 2**20
+
+
 class Flat(NamedTuple):
     """A `dispatch.Transform` with flat vectors; scale is invstd · weight."""
 
@@ -36,6 +41,7 @@ class Flat(NamedTuple):
     bias: Vector
     relu: bool
     residual: Memory | None
+    guide: tuple[tuple[int, ...], ...]  # strides that planning follows before any operand's
 
     @property
     def gate(self) -> int:
@@ -48,17 +54,20 @@ NONE = 0  # the address of an operand that a kernel does not read
 class _Plan(NamedTuple):
     is_columns: bool
     groups: int
-    pieces: int
+    pieces: int  # for threads to share; 1 where that is not worth it
     grid: npt.NDArray[np.int64]
     axes: npt.NDArray[np.int64]
 
 
 @lru_cache(maxsize=4096)
-def _plan(shape: tuple[int, ...], kept: tuple[int, ...], *strides: tuple[int, ...]) -> _Plan:
-    seen = layout(shape, kept, *strides)
+def _plan(
+    shape: tuple[int, ...], kept: tuple[int, ...], *strides: tuple[int, ...], guide: tuple[tuple[int, ...], ...] = ()
+) -> _Plan:
+    seen = layout(shape, kept, *guide, *strides)
     tiling = seen.tiling()
     columns = (seen.down, seen.inner, *seen.outer[:-1], *seen.features)
-    axes = np.array([[axis.size for axis in columns], *zip(*(axis.strides for axis in columns), strict=True)], np.int64)
+    steps = zip(*(axis.strides[len(guide) :] for axis in columns), strict=True)
+    axes = np.array([[axis.size for axis in columns], *steps], np.int64)
     depth, width = tiling.depth, tiling.width
     features_at = 1 + len(seen.outer)
     grid = np.array(
@@ -69,7 +78,8 @@ def _plan(shape: tuple[int, ...], kept: tuple[int, ...], *strides: tuple[int, ..
         ],
         np.int64,
     )
-    return _Plan(tiling.is_columns, tiling.groups, tiling.pieces, grid, axes)
+    pieces = tiling.pieces if prod(shape) >= WORTH_SHARING else 1
+    return _Plan(tiling.is_columns, tiling.groups, pieces, grid, axes)
 
 
 def _tile_type(x: Memory) -> Any:
@@ -93,7 +103,7 @@ def find_moments(
     )
     if plan.groups > 1:
         moments.merge_groups(count, mean, m2)
-    return count[0], mean[0], m2[0]
+    return count[0].copy(), mean[0].copy(), m2[0].copy()  # the other groups' rows are not kept alive
 
 
 def write_normalized(x: Memory, flat: Flat, y: Memory) -> None:
@@ -110,14 +120,14 @@ def write_normalized(x: Memory, flat: Flat, y: Memory) -> None:
 def find_grad_sums(dy: Memory, x: Memory, flat: Flat) -> tuple[Vector, Vector]:
     """Return Σ dz and Σ dz · x̂ of every feature; dz is dy, or what of it passes ReLU."""
     added = flat.residual or x
-    plan = _plan(x.shape, flat.kept, x.strides, dy.strides, added.strides)
+    plan = _plan(x.shape, flat.kept, x.strides, dy.strides, added.strides, guide=flat.guide)
     sum_dz, sum_dz_x = np.zeros((2, plan.groups, flat.mean.size))
     kernel = grad_sums.kernel(_tile_type(x), plan.is_columns, flat.gate)
     owners, addresses = (x.owner, dy.owner, added.owner), (x.address, dy.address, added.address)
     vectors = flat.mean, flat.scale, flat.bias, sum_dz, sum_dz_x
     pool.run(kernel, plan.pieces, owners, plan.grid, plan.axes, *addresses, x.kind, dy.kind, *vectors)
     grad_sums.add_groups(sum_dz, sum_dz_x, flat.invstd)
-    return sum_dz[0], sum_dz_x[0]
+    return sum_dz[0].copy(), sum_dz_x[0].copy()
 
 
 def write_grad_input(

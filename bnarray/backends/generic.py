@@ -33,8 +33,8 @@ def _features_last(x: Array, kept: tuple[int, ...]) -> Array:
     return xp.reshape(xp.permute_dims(x, (*reduced, *kept)), (size(x) // features, features))
 
 
-def _along(x: Array, kept: tuple[int, ...], of_features: Array) -> Array:
-    """A per-feature array, shaped to broadcast against x."""
+def along(x: Array, kept: tuple[int, ...], of_features: Array) -> Array:
+    """Return a per-feature array, shaped to broadcast against x."""
     return array_namespace(x).reshape(of_features, along_features(x.shape, kept))
 
 
@@ -123,6 +123,11 @@ def copy(x: Array) -> Array:
     return array_namespace(x).asarray(x, copy=True)
 
 
+def guide(*arrays: Array) -> Any:
+    """Return what the order of sums depends on besides values, so that sums over copies have the same bits."""
+    return None
+
+
 def widen(x: Array) -> Array:
     """Return a copy of a per-feature array, in float64."""
     xp = array_namespace(x)
@@ -161,6 +166,12 @@ def convert(x: Array, like: Array) -> Array:
 # -- Forward -----------------------------------------------------------------------------------------------------------
 
 
+def _not_below_zero(m2: Array) -> Array:
+    """What rounding takes below zero; NaN stays."""
+    xp = array_namespace(m2)
+    return xp.where(m2 < 0, xp.zeros_like(m2), m2)
+
+
 @_quiet
 def moments(x: Array, kept: tuple[int, ...], where: Array | None) -> tuple[Count, Array, Array]:
     """Return (count, mean, m2) of each feature; elements of weight 0 are not looked at."""
@@ -173,7 +184,7 @@ def moments(x: Array, kept: tuple[int, ...], where: Array | None) -> tuple[Count
         deviations = values - center
         drift = xp.mean(deviations, axis=0)
         m2 = xp.sum(deviations * deviations, axis=0) - count * drift * drift
-        return count, xp.reshape(center + drift, shape), xp.reshape(m2, shape)
+        return count, xp.reshape(center + drift, shape), xp.reshape(_not_below_zero(m2), shape)
     weights = _features_last(_weights(x, where), kept)
     zero = xp.zeros_like(values)
     count = xp.sum(weights, axis=0)
@@ -183,7 +194,7 @@ def moments(x: Array, kept: tuple[int, ...], where: Array | None) -> tuple[Count
     drift = xp.sum(weights * deviations, axis=0) / divisor
     m2 = xp.sum(weights * deviations * deviations, axis=0) - count * drift * drift
     count = xp.reshape(count, shape) if varies_along(where.shape, x.ndim, kept) else float(count[0])
-    return count, xp.reshape(center + drift, shape), xp.reshape(m2, shape)
+    return count, xp.reshape(center + drift, shape), xp.reshape(_not_below_zero(m2), shape)
 
 
 @_quiet
@@ -202,6 +213,12 @@ def sum_of_squares(count: Count, var: Array, correction: float) -> Array:
     return xp.where(divisor > 0, var * divisor, xp.zeros_like(var))
 
 
+def only_above(count: Count, var: Array, correction: float) -> Array:
+    """Return var where the count exceeds the correction, else 1."""
+    xp = array_namespace(var)
+    return xp.where(count - correction + xp.zeros_like(var) > 0, var, xp.ones_like(var))
+
+
 @_quiet
 def invstd(count: Count, m2: Array, eps: float) -> Array:
     """Return 1 / √(m2 / count + eps), 0 where the root is 0; the variance of nothing counts as 1."""
@@ -218,9 +235,9 @@ def _scale(transform: Transform) -> Array:
 
 def _pre_activation(x: Array, transform: Transform) -> Array:
     kept, residual = transform.kept, transform.residual
-    z = (_wide(x) - _along(x, kept, transform.mean)) * _along(x, kept, _scale(transform))
+    z = (_wide(x) - along(x, kept, transform.mean)) * along(x, kept, _scale(transform))
     if transform.bias is not None:
-        z = z + _along(x, kept, transform.bias)
+        z = z + along(x, kept, transform.bias)
     return z if residual is None else z + _wide(residual)
 
 
@@ -253,7 +270,7 @@ def grad_sums(dy: Array, x: Array, transform: Transform) -> tuple[Array, Array]:
     """Return Σ dz and Σ dz · x̂ of each feature: the gradients of bias and weight. Where dz is 0, x does not matter."""
     xp, kept = array_namespace(x), transform.kept
     dz = _gated(dy, x, transform)
-    deviation = _wide(x) - _along(x, kept, transform.mean)
+    deviation = _wide(x) - along(x, kept, transform.mean)
     product = xp.where(dz == 0, xp.zeros_like(dz), dz * deviation)
     shape = features_shape(x.shape, kept)
     sum_dz = xp.reshape(xp.sum(_features_last(dz, kept), axis=0), shape)
@@ -280,11 +297,11 @@ def grad_input(
     if sums is not None:
         total = count + xp.zeros_like(transform.mean)
         total = xp.where(total == 0, xp.ones_like(total), total)
-        x_hat = (_wide(x) - _along(x, kept, transform.mean)) * _along(x, kept, transform.invstd)
+        x_hat = (_wide(x) - along(x, kept, transform.mean)) * along(x, kept, transform.invstd)
         weights = xp.ones_like(dz) if where is None else _weights(x, where)
-        common = _along(x, kept, sums[0] / total) + x_hat * _along(x, kept, sums[1] / total)
+        common = along(x, kept, sums[0] / total) + x_hat * along(x, kept, sums[1] / total)
         dx = dz - xp.where(weights == 0, xp.zeros_like(dz), weights * common)
-    dx = xp.astype(dx * _along(x, kept, _scale(transform)), x.dtype)
+    dx = xp.astype(dx * along(x, kept, _scale(transform)), x.dtype)
     dresidual = None if transform.residual is None else xp.astype(dz, x.dtype)
     if out is None:
         return dx, dresidual

@@ -70,7 +70,8 @@ def _counts(count: Count) -> Vector:
 
 def _check_array(x: Any, name: str) -> None:
     if isinstance(x, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array; pass its data as {name} and where=~numpy.ma.getmaskarray({name})")
+        way_out = "and where=~numpy.ma.getmaskarray(x)" if name == "x" else "alone"
+        raise TypeError(f"{name} is a masked array, whose mask would be lost; pass its data as {name} {way_out}")
     if not (type(x) in _PLAIN or isinstance(x, np.generic)):  # arithmetic makes scalars of arrays without axes
         kind = type(x)
         raise TypeError(
@@ -165,19 +166,23 @@ def copy(x: ndarray) -> ndarray:
     return np.array(x, copy=True)
 
 
+def guide(*arrays: ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(array.strides for array in arrays)
+
+
 def widen(x: ndarray) -> ndarray:
     return np.array(x, np.float64, order="C")
 
 
 def cast(x: ndarray, dtype: np.dtype[Any]) -> ndarray:
-    with np.errstate(over="ignore"):  # beyond float16 is infinity, as in every array of it
+    with np.errstate(all="ignore"):  # beyond float16 is infinity, as in every array of it
         return x.astype(dtype, copy=False)
 
 
 def freeze(x: ndarray) -> ndarray:
     array = np.asarray(x)
     array.flags.writeable = False
-    return array
+    return array.view()  # which cannot be made writeable again
 
 
 def convert(x: Any, like: ndarray) -> ndarray:
@@ -218,13 +223,13 @@ def moments(x: ndarray, kept: tuple[int, ...], where: ndarray | None) -> tuple[C
 
 
 def _flat_transform(transform: Transform) -> Flat:
-    kept, mean, invstd, weight, bias, relu, residual = transform
+    kept, mean, invstd, weight, bias, relu, residual, guide = transform
     scale = inverse = _flat(invstd)
     if weight is not None:
         scale = np.empty(inverse.size)
         features.product(inverse, _flat(weight), scale)
     shift = np.zeros(inverse.size) if bias is None else _flat(bias)
-    return Flat(kept, _flat(mean), inverse, scale, shift, relu, _optional(residual))
+    return Flat(kept, _flat(mean), inverse, scale, shift, relu, _optional(residual), guide or ())
 
 
 def normalize(x: ndarray, transform: Transform, out: ndarray | None) -> ndarray:

@@ -1,7 +1,7 @@
 """The union of two samples, written once: for threads, tiles, chunks, processes and running statistics."""
 
-# Smaller than any sum of weights that means something, and exactly absorbed by one: it only turns 0/0 into 0.
-NOTHING = 1e-37
+# The smallest normal number: absorbed by every sum of weights that is not itself next to it, it turns 0/0 into 0.
+NOTHING = 2.0**-1022
 
 
 def merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):

@@ -78,11 +78,22 @@ class _OnDisk(_Cache):  # type: ignore[misc]  # Numba is not typed throughout
     def flush(self) -> None: ...
 
 
+def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a function made inside another one a name of its own, before it is compiled.
+
+    Numba's symbols are made of names and argument types. Two functions that share both, compiled in two processes and
+    kept on disk, would be taken for one another in a third.
+    """
+    function.__name__ = function.__qualname__ = name
+    return function
+
+
 class Kernel:
     """A function with one signature, compiled (or loaded from disk) when it is first called."""
 
     def __init__(self, name: str, signature: Any, function: Callable[..., Any]) -> None:
         self._signature = signature
+        named(name, function)
         self._dispatcher = njit(nogil=True, error_model="numpy")(function)
         self._dispatcher._cache = _OnDisk(name)
         self._compiled: Callable[..., Any] | None = None

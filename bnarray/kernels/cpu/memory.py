@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from bnarray.kernels.cpu.compiled import Kernel, machinery, mapping
+from bnarray.kernels.cpu.compiled import Kernel, machinery, mapping, named
 
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64, BOOL = range(5)
 
@@ -71,15 +71,19 @@ def view(address, size, like):
     return carray(_pointer(address, like), (size,))
 
 
-def _address_of(x):
-    return x.ctypes.data
+def _address_kernel(name, kind):
+    array = types.Array(kind, 0, "C", readonly=True, aligned=False)
+    return Kernel(f"address_of_{name}", types.int64(array), lambda x: x.ctypes.data)
 
 
 #: By kind, the address of an array without axes (halves viewed as integers): half of what asking NumPy costs, which
 #: makes an object for it.
 address_of = [
-    Kernel(f"address_of_{kind}", types.int64(types.Array(kind, 0, "C", readonly=True, aligned=False)), _address_of)
-    for kind in (types.uint16, types.uint16, types.float32, types.float64, types.boolean)
+    _address_kernel("float16", types.uint16),
+    _address_kernel("bfloat16", types.uint16),
+    _address_kernel("float32", types.float32),
+    _address_kernel("float64", types.float64),
+    _address_kernel("bool", types.boolean),
 ]
 
 
@@ -140,11 +144,10 @@ def _to_half(value):
     return np.uint16(sign | (special if magnitude >= _BEYOND_HALF else finite))
 
 
-def _reader(like, convert):
+def _reader(name, like, convert):
     """Make the function that reads `line.size` elements of like's type, `step` bytes apart, into a line of a tile."""
     item = like.itemsize
 
-    @mapping
     def read(address, step, line):
         if step == item and address % item == 0:
             source = view(address, line.size, like)
@@ -154,15 +157,14 @@ def _reader(like, convert):
             for i in range(line.size):
                 line[i] = convert(_peek(address + i * step, like))
 
-    return read
+    return mapping(named(f"read_{name}", read))
 
 
-def _writer(like, convert):
+def _writer(name, like, convert):
     """Make the function that writes a line of a tile to elements of like's type, `step` bytes apart."""
     item = like.itemsize
     kind = type(like)
 
-    @mapping
     def write(line, address, step):
         if step == item and address % item == 0:
             target = view(address, line.size, like)
@@ -172,14 +174,14 @@ def _writer(like, convert):
             for i in range(line.size):
                 _poke(address + i * step, kind(convert(line[i])))
 
-    return write
+    return mapping(named(f"write_{name}", write))
 
 
-_read_half, _write_half = _reader(np.uint16(0), _of_half), _writer(np.uint16(0), _to_half)
-_read_bfloat, _write_bfloat = _reader(np.uint16(0), _of_bfloat), _writer(np.uint16(0), _to_bfloat)
-_read_single, _write_single = _reader(np.float32(0), _same), _writer(np.float32(0), _same)
-_read_double, _write_double = _reader(np.float64(0), _same), _writer(np.float64(0), _same)
-_read_bool = _reader(np.uint8(0), _of_bool)
+_read_half, _write_half = _reader("half", np.uint16(0), _of_half), _writer("half", np.uint16(0), _to_half)
+_read_bfloat, _write_bfloat = _reader("bfloat", np.uint16(0), _of_bfloat), _writer("bfloat", np.uint16(0), _to_bfloat)
+_read_single, _write_single = _reader("single", np.float32(0), _same), _writer("single", np.float32(0), _same)
+_read_double, _write_double = _reader("double", np.float64(0), _same), _writer("double", np.float64(0), _same)
+_read_bool = _reader("bool", np.uint8(0), _of_bool)
 
 
 @machinery

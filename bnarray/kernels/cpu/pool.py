@@ -18,9 +18,6 @@ from numba.extending import intrinsic
 
 from bnarray.kernels.cpu.compiled import Kernel, machinery
 
-# Below this many pieces a helper that wakes up finds too little left: handing out costs 60 to 150 µs, a piece 5 to 20.
-WORTH_SHARING = 32
-
 _executor: ThreadPoolExecutor | None = None
 
 
@@ -76,14 +73,14 @@ def _helpers(number: int, *task: Any) -> list[Future[None]]:
 
 
 def run(kernel: Kernel, pieces: int, owners: tuple[object, ...], *arguments: Any) -> None:
-    """Call ``kernel(counter, *arguments)`` from as many threads as are worth it; return when all pieces are done.
+    """Call ``kernel(counter, *arguments)`` from as many threads as there are pieces for; return when all are done.
 
     The arguments hold addresses; `owners` are the arrays there. A helper keeps them alive, so that an interruption of
     the caller (Ctrl-C) never leaves it working on memory that is gone.
     """
     compiled = kernel.compiled
     counter = np.zeros(1, np.int64)
-    helpers = min(threads(), pieces) - 1 if pieces >= WORTH_SHARING else 0
+    helpers = min(threads(), pieces) - 1 if pieces > 1 else 0
     if helpers <= 0:
         compiled(counter, *arguments)
         return

@@ -129,30 +129,9 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
-SHIFTED = """
-import sys, numba, numpy as np, bnarray as bn
-for _ in range(int(sys.argv[1])):
-    numba.njit(lambda a: a + 1)(1)  # the user's own functions move Numba's counter
-x = np.random.default_rng(0).normal(size=(20, 40))
-for dtype in sys.argv[2:]:
-    half = x.astype(dtype)
-    y = bn.batch_norm(half, axis=0, residual=half if dtype != "float64" else None)
-    wide = half.astype(np.float64)
-    expected = (wide - wide.mean(axis=1)[:, None]) / np.sqrt(wide.var(axis=1) + 1e-5)[:, None]
-    assert abs(y - expected - (half if dtype != "float64" else 0)).max() < 1e-2, dtype
-"""
-
-
-@pytest.mark.parametrize("shift", [3, 6, 8])
-def test_kernels_of_several_processes_meet_in_one(shift: int, tmp_path: Path) -> None:
-    """Functions that were compiled in different processes are not taken for one another."""
-    environment = os.environ | {"BNARRAY_CACHE_DIR": str(tmp_path)}
-    for arguments in ([str(shift), "float16"], ["0", "float64"], ["0", "float64", "float16", "float32"]):
-        subprocess.run([sys.executable, "-c", SHIFTED, *arguments], env=environment, check=True, timeout=300)
-
-
 def test_every_compiled_function_has_a_name_of_its_own() -> None:
-    """Numba's symbols are made of names and types, and know nothing of closures."""
+    """Numba's symbols are made of names and types, and know nothing of closures: where two functions share both, a
+    process takes one for the other when it loads kernels that different processes compiled."""
     from bnarray.kernels.cpu import grad_input, grad_sums, moments, normalize
 
     for dtype in (np.float32, np.float64):

@@ -16,7 +16,7 @@ Verbs: TypeAlias = Any  # a namespace with a function for each of VERBS
 VERBS = (
     *("check", "check_where", "check_out", "overlap"),
     *("empty_like", "zeros", "copy", "guide", "widen", "cast", "parameter_dtype", "freeze", "to_numpy", "convert"),
-    *("moments", "normalize", "grad_sums", "grad_input"),
+    *("moments", "normalize", "forward", "grad_sums", "grad_input"),
     *("along", "merge", "variance", "sum_of_squares", "only_above", "invstd", "update_stats", "is_finite", "lowest"),
 )
 

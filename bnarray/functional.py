@@ -400,9 +400,10 @@ def _given(stats: RunningStats | Moments | None) -> tuple[Count, Array, Array]:
 def _forward(call: _Call) -> tuple[Array, Transform, Moments | None]:
     """Return (y, what was done to x, the batch's moments): what can fail first, then out, then the update."""
     verbs, stats, x = call.verbs, call.stats, call.x
-    moments = update = None
+    weight, bias = (None if each is None else verbs.widen(each) for each in (call.weight, call.bias))
+    y = moments = update = None
     if call.training:
-        moments = _moments(verbs, x, call.kept, call.where)
+        moments, y = _moments_and_output(call, weight, bias)
         if isinstance(stats, RunningStats):
             update = stats.prepare(moments)
         count, mean, m2 = moments.count, moments.mean, moments.m2
@@ -411,12 +412,21 @@ def _forward(call: _Call) -> tuple[Array, Transform, Moments | None]:
         count = count if isinstance(count, int | float) else verbs.convert(count, x)
         mean, m2 = verbs.convert(mean, x), verbs.convert(m2, x)
     invstd = verbs.invstd(count, m2, call.eps)
-    weight, bias = (None if each is None else verbs.widen(each) for each in (call.weight, call.bias))
     transform = Transform(call.kept, mean, invstd, weight, bias, call.relu, call.residual)
     if 0 in x.shape:
         y = verbs.empty_like(x) if call.out is None else call.out
-    else:
+    elif y is None:
         y = verbs.normalize(x, transform, call.out)
     if update is not None:
         update()
     return y, transform, moments
+
+
+def _moments_and_output(call: _Call, weight: Array | None, bias: Array | None) -> tuple[Moments, Array | None]:
+    """The batch's moments and, where the backend finds both in one go, the output: in memory nobody has seen yet."""
+    if call.out is None and call.residual is None and call.where is None and 0 not in call.x.shape:
+        fused = call.verbs.forward(call.x, call.kept, call.eps, weight, bias, call.relu)
+        if fused is not None:
+            count, mean, m2, y = fused
+            return Moments.of(count, mean, m2), y
+    return _moments(call.verbs, call.x, call.kept, call.where), None

@@ -287,3 +287,20 @@ thread.join()
 print(stats.num_updates)
 """
     assert run_python(code) == "5\n"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("shape", [(32, 64, 56, 56), (300, 17, 40), (4, 20, 5000), (3, 2, 11), (5000, 3)])
+def test_same_bits_in_one_go_and_in_two(shape: tuple[int, ...], dtype: str) -> None:
+    """New memory may be written in one go with the statistics, a given `out` is not; nobody can tell."""
+    x = np.random.default_rng(0).normal(3, 2, shape).astype(dtype)
+    weight, bias = np.random.default_rng(1).normal(size=(2, shape[1]))
+    for layout in (LAYOUTS["c"], LAYOUTS["transposed"]):
+        laid = layout(x)
+        one, two = (bn.RunningStats(shape[1]) for _ in range(2))
+        y = bn.batch_norm(laid, weight, bias, stats=one, activation="relu")
+        out = bn.batch_norm(laid, weight, bias, stats=two, activation="relu", out=np.empty_like(laid))
+        np.testing.assert_array_equal(y, out)
+        np.testing.assert_array_equal(one.mean, two.mean)
+        np.testing.assert_array_equal(one.var, two.var)
+        np.testing.assert_array_equal(one.mean, 0.1 * bn.moments(laid).mean)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from bnarray.kernels.cpu import gate, grad_input, grad_sums, memory, moments, normalize, pool
-from bnarray.layout import layout
+from bnarray.kernels.cpu import forward, gate, grad_input, grad_sums, memory, moments, normalize, pool
+from bnarray.layout import features_shape, layout
 
 Vector: TypeAlias = npt.NDArray[np.float64]
 
@@ -29,6 +29,12 @@ class Memory(NamedTuple):
 
 # Elements. On fewer, a helper that wakes up finds too little left: handing out costs about 100 µs.
 WORTH_SHARING = 2**20
+
+# Bytes of a feature's tiles that stay in the cache of one core between two reads.
+CACHED = 2**20
+
+# Features that give every thread some, whichever finishes last.
+MANY = 16
 
 
 class Flat(NamedTuple):
@@ -104,6 +110,41 @@ def find_moments(
     if plan.groups > 1:
         moments.merge_groups(count, mean, m2)
     return count[0].copy(), mean[0].copy(), m2[0].copy()  # the other groups' rows are not kept alive
+
+
+@lru_cache(maxsize=4096)
+def _fused_plan(
+    shape: tuple[int, ...], kept: tuple[int, ...], x_strides: tuple[int, ...], y_strides: tuple[int, ...], item: int
+) -> _Plan | None:
+    """The plan for moments and output in one go, or None where two kernels are no slower.
+
+    One go wants features that stay in a core's cache, and so many that all threads have some; and tiles that moments
+    alone would have, because bits follow tiles.
+    """
+    alone = _plan(shape, kept, x_strides)
+    joint = _plan(shape, kept, x_strides, y_strides)
+    features = prod(features_shape(shape, kept))
+    stays = prod(shape) // features * item <= CACHED
+    enough = features >= MANY or prod(shape) < WORTH_SHARING
+    if alone.is_columns or not stays or not enough or (joint.grid != alone.grid).any():
+        return None
+    return joint._replace(pieces=features if joint.pieces > 1 else 1)
+
+
+def find_and_write(x: Memory, flat: Flat, eps: float, y: Memory) -> tuple[Vector, Vector, Vector] | None:
+    """Write the transform of x by its own moments to y and return those; None where that is no faster in one go.
+
+    Of `flat` the mean and invstd are not read, and scale is the weight.
+    """
+    tile_type = _tile_type(x)
+    plan = _fused_plan(x.shape, flat.kept, x.strides, y.strides, np.dtype(tile_type).itemsize)
+    if plan is None:
+        return None
+    count, mean, m2 = np.empty((3, flat.bias.size))
+    owners, vectors = (x.owner, y.owner), (flat.scale, flat.bias, eps, flat.relu, count, mean, m2)
+    kernel = forward.kernel(tile_type)
+    pool.run(kernel, plan.pieces, owners, plan.grid, plan.axes, x.address, y.address, x.kind, *vectors)
+    return count, mean, m2
 
 
 def write_normalized(x: Memory, flat: Flat, y: Memory) -> None:

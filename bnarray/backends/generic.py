@@ -255,6 +255,13 @@ def normalize(x: Array, transform: Transform, out: Array | None) -> Array:
     return out
 
 
+def forward(
+    x: Array, kept: tuple[int, ...], eps: float, weight: Array | None, bias: Array | None, relu: bool
+) -> tuple[Count, Array, Array, Array] | None:
+    """Return (count, mean, m2, y) of a training step into new memory, or None where that is no faster in one go."""
+    return None
+
+
 # -- Backward ----------------------------------------------------------------------------------------------------------
 
 

@@ -232,6 +232,19 @@ def _flat_transform(transform: Transform) -> Flat:
     return Flat(kept, _flat(mean), inverse, scale, shift, relu, _optional(residual), guide or ())
 
 
+def forward(
+    x: ndarray, kept: tuple[int, ...], eps: float, weight: ndarray | None, bias: ndarray | None, relu: bool
+) -> tuple[Count, ndarray, ndarray, ndarray] | None:
+    shape, y = features_shape(x.shape, kept), empty_like(x)
+    unit = np.ones(shape)
+    flat = _flat_transform(Transform(kept, unit, unit, weight, bias, relu, None))
+    found = _strided.find_and_write(_memory(x), flat, eps, _memory(y))
+    if found is None:
+        return None
+    count, mean, m2 = found
+    return x.size // count.size, mean.reshape(shape), m2.reshape(shape), y
+
+
 def normalize(x: ndarray, transform: Transform, out: ndarray | None) -> ndarray:
     y = empty_like(x) if out is None else out
     _strided.write_normalized(_memory(x), _flat_transform(transform), _memory(y))

@@ -25,7 +25,8 @@ from bnarray.kernels.cpu.memory import load
 from bnarray.kernels.cpu.walk import TILE, WIDTH, address_of, steps_of, tiles
 from bnarray.kernels.merge import merge
 
-_merge = machinery(merge)
+#: The merge, for scalars inside a kernel.
+merge_scalars = machinery(merge)
 
 
 @machinery
@@ -51,10 +52,10 @@ def _deviations(values):
 
 
 @machinery
-def _fold_rows(values, rows, columns, count, mean, m2, scratch):
+def fold_rows(values, rows, columns, count, mean, m2, scratch):
     """Merge a tile of one feature into the feature's moments."""
     tile_mean, tile_m2 = _deviations(values)
-    count[0], mean[0], m2[0] = _merge(count[0], mean[0], m2[0], np.float64(values.size), tile_mean, tile_m2)
+    count[0], mean[0], m2[0] = merge_scalars(count[0], mean[0], m2[0], np.float64(values.size), tile_mean, tile_m2)
 
 
 @summing
@@ -84,7 +85,7 @@ def _fold_columns(values, rows, columns, count, mean, m2, scratch):
     n = np.float64(rows)
     for j in range(columns):
         tile_m2 = _not_below_zero(square[j] - drift[j] * drift[j] / n)
-        count[j], mean[j], m2[j] = _merge(count[j], mean[j], m2[j], n, center[j] + drift[j] / n, tile_m2)
+        count[j], mean[j], m2[j] = merge_scalars(count[j], mean[j], m2[j], n, center[j] + drift[j] / n, tile_m2)
 
 
 @summing
@@ -110,7 +111,7 @@ def _weighted_deviations(values, weights):
 @machinery
 def _fold_weighted_rows(values, weights, rows, columns, count, mean, m2):
     tile_count, tile_mean, tile_m2 = _weighted_deviations(values, weights)
-    count[0], mean[0], m2[0] = _merge(count[0], mean[0], m2[0], tile_count, tile_mean, tile_m2)
+    count[0], mean[0], m2[0] = merge_scalars(count[0], mean[0], m2[0], tile_count, tile_mean, tile_m2)
 
 
 @machinery
@@ -118,13 +119,13 @@ def _fold_weighted_columns(values, weights, rows, columns, count, mean, m2):
     tile, tile_weights = values.reshape(rows, columns), weights.reshape(rows, columns)
     for j in range(columns):
         tile_count, tile_mean, tile_m2 = _weighted_deviations(tile[:, j], tile_weights[:, j])
-        count[j], mean[j], m2[j] = _merge(count[j], mean[j], m2[j], tile_count, tile_mean, tile_m2)
+        count[j], mean[j], m2[j] = merge_scalars(count[j], mean[j], m2[j], tile_count, tile_mean, tile_m2)
 
 
 @cache
 def kernel(dtype, is_columns, weighted):
     """Make the kernel that leaves (count, mean, m2) of each group of chunks in a row of its last three arguments."""
-    fold = _fold_columns if is_columns else _fold_rows
+    fold = _fold_columns if is_columns else fold_rows
     fold_weighted = _fold_weighted_columns if is_columns else _fold_weighted_rows
 
     def moments(counter, grid, axes, x, x_kind, where, where_kind, count, mean, m2):
@@ -150,7 +151,7 @@ def kernel(dtype, is_columns, weighted):
 def _merge_groups(count, mean, m2):
     for group in range(1, count.shape[0]):
         for c in range(count.shape[1]):
-            count[0, c], mean[0, c], m2[0, c] = _merge(
+            count[0, c], mean[0, c], m2[0, c] = merge_scalars(
                 count[0, c], mean[0, c], m2[0, c], count[group, c], mean[group, c], m2[group, c]
             )
 

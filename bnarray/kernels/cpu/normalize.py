@@ -20,7 +20,7 @@ from bnarray.kernels.cpu.walk import TILE, address_of, steps_of, tiles
 
 
 @mapping
-def _rows(x, y, rows, columns, mean, scale, bias, lowest):
+def normalize_rows(x, y, rows, columns, mean, scale, bias, lowest):
     center, factor, shift = mean[0], scale[0], bias[0]
     for i in range(x.size):
         z = (x[i] - center) * factor + shift
@@ -57,7 +57,7 @@ def _columns_onto(x, residual, y, rows, columns, mean, scale, bias, lowest):
 @cache
 def kernel(dtype, is_columns, onto):
     """Make the kernel for tiles of one dtype; `onto` a residual or not."""
-    apply = _columns if is_columns else _rows
+    apply = _columns if is_columns else normalize_rows
     apply_onto = _columns_onto if is_columns else _rows_onto
 
     # Operands 1, 2, 3 of the axes are x, y and the residual.

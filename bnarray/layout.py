@@ -18,7 +18,7 @@ from functools import lru_cache
 from math import ceil, prod
 from typing import NamedTuple
 
-# Elements. Measured in the benchmarks' training forward; see docs/kernels.md.
+# Elements. Reasoned from the sizes of caches (32 kB nearest, 1 MB or more next), not yet swept by a benchmark.
 TILE = 16384  # the most that a tile holds: 64 kB of float32
 ROW_TILE = 4096  # what a tile of the rows family aims at: 16 kB of float32
 FEW_FEATURES = 8  # fewer features than this are read one by one, as rows with a stride

@@ -195,3 +195,23 @@ def test_weights_of_any_size(weight: float) -> None:
     np.testing.assert_allclose(m.mean, 2, rtol=1e-12)
     with pytest.raises(ValueError, match="where holds weights whose sum"):
         bn.moments(np.array([[1.0], [3.0]]), where=np.full((2, 1), 1.5e308))
+
+
+@pytest.mark.parametrize("layout", ["c", "channels_last"])
+def test_float32_far_from_zero_in_a_large_batch(layout: str) -> None:
+    """Outputs next to 0 are judged at a thousandth of a deviation: the float64 mean is no better known than that."""
+    rng = np.random.default_rng(1)
+    x = LAYOUTS[layout](rng.normal(1e6, 1, (32, 64, 28, 28)).astype(np.float32))
+    truth, tolerance = reference(x, np.ones_like(x), (1,)), TOLERANCES["float32"]
+    y, saved = bn.batch_norm_forward(x)
+    np.testing.assert_allclose(saved.moments.var(), truth.var.ravel(), rtol=1e-10)
+    assert_close(y, truth.y, np.maximum(truth.y_scale, 1e-3), tolerance, tolerance.y)
+
+
+def test_gradients_too_small_for_their_dtype_are_zero() -> None:
+    """Also where NumPy is told to raise: nothing is written by a call that raises, and this one does not."""
+    x = np.random.default_rng(0).normal(size=(50, 3))
+    _, saved = bn.batch_norm_forward(x, np.ones(3, np.float16))
+    with np.errstate(all="raise"):
+        gradients = bn.batch_norm_backward(np.full(x.shape, 1e-12), saved)
+    np.testing.assert_allclose(gradients.weight.astype(float), 0, atol=1e-7)

@@ -100,16 +100,14 @@ def find_moments(
         plan, where_at, where_kind = _plan(x.shape, kept, x.strides), NONE, memory.BOOL
     else:
         plan, where_at, where_kind = _plan(x.shape, kept, x.strides, where.strides), where.address, where.kind
-    sums = np.zeros((3, plan.groups, features))
-    count, mean, m2 = sums
+    count, shift, offset, m2 = np.zeros((4, plan.groups, features))
+    mean = np.empty(features)
     kernel = moments.kernel(_tile_type(x), plan.is_columns, where is not None)
     owners = x.owner, where and where.owner
-    pool.run(
-        kernel, plan.pieces, owners, plan.grid, plan.axes, x.address, x.kind, where_at, where_kind, count, mean, m2
-    )
-    if plan.groups > 1:
-        moments.merge_groups(count, mean, m2)
-    return count[0].copy(), mean[0].copy(), m2[0].copy()  # the other groups' rows are not kept alive
+    operands, sums = (x.address, x.kind, where_at, where_kind), (count, shift, offset, m2)
+    pool.run(kernel, plan.pieces, owners, plan.grid, plan.axes, *operands, *sums)
+    moments.merge_groups(count, shift, offset, m2, mean)
+    return count[0].copy(), mean, m2[0].copy()  # the other groups' rows are not kept alive
 
 
 @lru_cache(maxsize=4096)

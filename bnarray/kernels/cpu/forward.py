@@ -15,7 +15,7 @@ from numba import types
 
 from bnarray.kernels.cpu.compiled import Kernel, counter, flag, index, indices, number, results, table, vector
 from bnarray.kernels.cpu.memory import load, store, target
-from bnarray.kernels.cpu.moments import fold_rows, merge_scalars
+from bnarray.kernels.cpu.moments import fold_rows, merge_into
 from bnarray.kernels.cpu.normalize import normalize_rows
 from bnarray.kernels.cpu.pool import take
 from bnarray.kernels.cpu.walk import (
@@ -36,24 +36,21 @@ def kernel(dtype):
 
     def forward(counter, grid, axes, x, y, kind, weight, bias, eps, relu, count, mean, m2):
         values, normalized = np.empty(grid[TILE], dtype), np.empty(grid[TILE], dtype)
-        part = np.empty((3, 1))
+        part, whole = np.empty((4, 1)), np.empty((4, 1))
         scale = np.empty(1)
         lowest = 0.0 if relu else -np.inf
         place = np.zeros(axes.shape[1], np.int64)
         c = take(counter)
         while c < grid[SPANS]:
+            whole[:] = 0
             for first in range(0, grid[CHUNKS], grid[CHUNKS_PER_GROUP]):
                 part[:] = 0
                 for chunk in range(first, min(first + grid[CHUNKS_PER_GROUP], grid[CHUNKS])):
                     rows, columns = place_chunk(grid, axes, chunk, place), place_span(grid, axes, c, place)[0]
                     x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
-                    fold_rows(x_tile, rows, columns, part[0], part[1], part[2], part)
-                if first == 0:
-                    count[c], mean[c], m2[c] = part[0, 0], part[1, 0], part[2, 0]
-                else:
-                    count[c], mean[c], m2[c] = merge_scalars(
-                        count[c], mean[c], m2[c], part[0, 0], part[1, 0], part[2, 0]
-                    )
+                    fold_rows(x_tile, rows, columns, part[0], part[1], part[2], part[3], part)
+                merge_into(0, whole[0], whole[1], whole[2], whole[3], part[0, 0], part[1, 0], part[2, 0], part[3, 0])
+            count[c], mean[c], m2[c] = whole[0, 0], whole[1, 0] + whole[2, 0], whole[3, 0]
             root = math.sqrt(m2[c] / count[c] + eps)
             scale[0] = (1 / root if root != 0 else 0.0) * weight[c]
             for chunk in range(grid[CHUNKS]):

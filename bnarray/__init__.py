@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bnarray.convert import fold as fold
     from bnarray.dispatch import register_backend as register_backend
+    from bnarray.files import Normalized as Normalized
+    from bnarray.files import file_moments as file_moments
+    from bnarray.files import normalize_file as normalize_file
     from bnarray.functional import Gradients as Gradients
     from bnarray.functional import ResidualGradients as ResidualGradients
     from bnarray.functional import Saved as Saved
@@ -26,14 +29,17 @@ _ROOMS = {
     "BatchNorm": "layer",
     "Gradients": "functional",
     "Moments": "stats",
+    "Normalized": "files",
     "ResidualGradients": "functional",
     "RunningStats": "stats",
     "Saved": "functional",
     "batch_norm": "functional",
     "batch_norm_backward": "functional",
     "batch_norm_forward": "functional",
+    "file_moments": "files",
     "fold": "convert",
     "moments": "functional",
+    "normalize_file": "files",
     "register_backend": "dispatch",
 }
 

@@ -1,11 +1,25 @@
-"""The command line."""
+"""The command line: what each command takes, and how every failure ends in one line.
+
+argparse, because it is enough and costs nothing to install or import.
+"""
 
 import argparse
+import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 from bnarray import __version__
+
+_EXIT_CODES = (
+    "exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong arguments, 130 interrupted, 141 nobody reads "
+    "the output, 143 terminated. A command that fails leaves no half-written file."
+)
 
 
 def _positive(text: str) -> int:
@@ -14,16 +28,57 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _above_zero(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
+def _axes(text: str) -> tuple[int, ...]:
+    try:
+        return () if text == "none" else tuple(int(each) for each in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number, nor numbers with commas, nor none") from None
+
+
+def _add_reading(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--axis",
+        type=_axes,
+        default=(1,),
+        metavar="AXES",
+        help="the feature axis (default 1), several as 1,2 (from the end: --axis=-1), or none: one feature",
+    )
+    command.add_argument("--member", metavar="NAME", help="the member of an .npz archive")
+    command.add_argument(
+        "--chunk-mb", type=_above_zero, default=64, metavar="MB", help="memory for blocks (default 64, at least 8)"
+    )
+    command.add_argument("--force", action="store_true", help="replace files that exist")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bnarray", description="Batch normalization for arrays, without a framework.")
+    parser = argparse.ArgumentParser(
+        prog="bnarray", description="Batch normalization for arrays, without a framework.", epilog=_EXIT_CODES
+    )
     parser.add_argument("--version", action="version", version=f"bnarray {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    demo = commands.add_parser(
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], **texts: Any) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter, **texts)
+        made.set_defaults(run=run)
+        return made
+
+    demo = command(
         "demo",
+        _demo,
         help="see batch normalization at work on real data",
-        description="Normalise scikit-learn's handwritten digits, then train the network of the paper on them, with "
+        description="Normalise scikit-learn's handwritten digits, then train the network of the paper on them, with\n"
         "and without batch normalization, at several learning rates. Prints tables and writes a picture.",
-        epilog="example: bnarray demo --seeds 3 --out results",
+        epilog="example:\n  bnarray demo --seeds 3 --out results",
     )
     demo.add_argument("--seeds", type=_positive, default=1, metavar="K", help="train K times, for the spread")
     demo.add_argument(
@@ -32,32 +87,215 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--out", default="bnarray-demo", metavar="FOLDER", help="where the picture goes (default bnarray-demo)"
     )
+
+    normalize = command(
+        "normalize",
+        _normalize,
+        help="normalise an array in a file",
+        description="Give every feature of an array mean 0 and deviation 1. Files of any size: blocks are read,\n"
+        "worked on and written in turn. The input is read twice (once with --stats).",
+        epilog="examples:\n"
+        "  bnarray normalize train.npy train-n.npy --save-stats train-stats.npz\n"
+        "  bnarray normalize test.npy test-n.npy --stats train-stats.npz\n"
+        "  bnarray normalize images.npy out.npy --axis=-1 --dtype float32\n"
+        "  bnarray normalize data.npz out.npz --member x --where mask.npy",
+    )
+    normalize.add_argument("src", metavar="IN", help=".npy, .npz (every floating member) or a zarr array")
+    normalize.add_argument("dst", metavar="OUT", help="named .npy, .npz or .zarr")
+    normalize.add_argument("--eps", type=float, default=1e-5, metavar="E", help="added to the variance (default 1e-5)")
+    normalize.add_argument("--stats", metavar="FILE", help="saved statistics, instead of the data's own")
+    normalize.add_argument("--save-stats", metavar="FILE", help="save the data's own statistics")
+    normalize.add_argument("--where", metavar="FILE", help="a mask or weights: what counts in the statistics")
+    normalize.add_argument("--dtype", metavar="NAME", help="what to write: float16, float32, float64 (default: as IN)")
+    _add_reading(normalize)
+
+    stats = command(
+        "stats",
+        _stats,
+        help="exact statistics of the arrays in many files together",
+        description="Mean and deviation of every feature over all files together, as if they were one array.",
+        epilog="example:\n  bnarray stats day1.npy day2.npy day3.npy --out days.npz",
+    )
+    stats.add_argument("src", nargs="+", metavar="IN", help=".npy, .npz or a zarr array")
+    stats.add_argument("--out", metavar="FILE", help="where to save them, for --stats, plot and RunningStats.load")
+    _add_reading(stats)
+
+    plot = command(
+        "plot",
+        _plot,
+        help="draw saved statistics, and how they differ",
+        description="Draw mean and deviation of every feature. Of two or more files also the drift from the first:\n"
+        "how many of its deviations a mean has moved, and by what factor a deviation has changed.",
+        epilog="example:\n  bnarray plot train-stats.npz new-stats.npz --out drift.svg",
+    )
+    plot.add_argument("stats", nargs="+", metavar="STATS", help="what `stats --out` or `--save-stats` wrote")
+    plot.add_argument("--out", default="statistics.png", metavar="FILE", help=".png or .svg (default statistics.png)")
+    plot.add_argument("--force", action="store_true", help="replace a file that exists")
+
+    info = command(
+        "info",
+        _info,
+        help="versions, threads, the cache of compiled kernels, CUDA",
+        description="Say what this installation is made of and what it can use.",
+        epilog="examples:\n  bnarray info --json\n  bnarray info --clear-cache",
+    )
+    info.add_argument("--json", action="store_true", help="for programs")
+    info.add_argument("--clear-cache", action="store_true", help="delete the compiled kernels; they are made again")
     return parser
 
 
-def _demo(options: argparse.Namespace) -> int:
+@contextmanager
+def _extra(command: str, extra: str) -> Iterator[None]:
     try:
-        from bnarray import demo
+        yield
     except ModuleNotFoundError as error:
-        print(f"bnarray demo needs {error.name}; install it by: pip install 'bnarray[demo]'", file=sys.stderr)
-        return 1
+        if error.name is None or error.name.startswith("bnarray"):
+            raise
+        raise OSError(f"it needs {error.name}; install it by: pip install 'bnarray[{extra}]'") from None
+
+
+def _demo(options: argparse.Namespace) -> None:
+    with _extra("demo", "demo"):
+        from bnarray import demo
     demo.run(seeds=options.seeds, steps=options.steps, folder=options.out)
-    return 0
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on a terminal, if the package for it is installed."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        yield None
+        return
+    with tqdm(unit="B", unit_scale=True, leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def _check_new(path: str | None, force: bool, *others: str | None) -> None:
+    if path is None:
+        return
+    for other in others:
+        if other is not None and os.path.realpath(path) == os.path.realpath(other):
+            raise ValueError(f"{path} is named twice; write to another place")
+    if os.path.lexists(path) and not force:
+        raise FileExistsError(f"{path} exists; name another place, or replace it by force")
+
+
+def _normalize(options: argparse.Namespace) -> None:
+    from bnarray import files, report
+    from bnarray.stats import RunningStats
+
+    _check_new(options.save_stats, options.force, options.src, options.dst, options.where, options.stats)
+    if options.stats is not None and os.path.realpath(options.stats) == os.path.realpath(options.dst):
+        raise ValueError(f"{options.dst} is an input too; write to another place")
+    if options.save_stats is not None:
+        files.check_one_array(options.src, options.member)
+    given = None if options.stats is None else RunningStats.load(options.stats)
+    begin = time.perf_counter()
+    with _bar() as progress, _extra("normalize", "zarr"):
+        done = files.normalize_file(
+            options.src,
+            options.dst,
+            axis=options.axis,
+            eps=options.eps,
+            stats=given,
+            where=options.where,
+            dtype=options.dtype,
+            member=options.member,
+            chunk_mb=options.chunk_mb,
+            force=options.force,
+            progress=progress,
+        )
+    seconds = time.perf_counter() - begin
+    if options.save_stats is not None:
+        assert isinstance(done, files.Normalized), "there is one array, as checked"
+        report.as_stats(done.before).save(options.save_stats)
+    print(report.of_normalized(done, seconds, os.path.getsize(options.src)))
+
+
+def _stats(options: argparse.Namespace) -> None:
+    from bnarray import files, report
+
+    for src in options.src:
+        _check_new(options.out, options.force, src)
+    with _bar() as progress, _extra("stats", "zarr"):
+        found = files.file_moments(
+            options.src, axis=options.axis, member=options.member, chunk_mb=options.chunk_mb, progress=progress
+        )
+    if options.out is not None:
+        report.as_stats(found).save(options.out)
+    print(report.of_moments(found))
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from bnarray.stats import RunningStats
+
+    for path in options.stats:
+        _check_new(options.out, options.force, path)
+    statistics = {path: RunningStats.load(path) for path in options.stats}
+    with _extra("plot", "plot"):
+        from bnarray import plot
+    plot.draw(statistics, options.out)
+    print(options.out)
+
+
+def _info(options: argparse.Namespace) -> None:
+    from bnarray import info
+
+    if options.clear_cache:
+        info.clear_cache()
+    facts = info.facts()
+    print(json.dumps(facts, indent=2) if options.json else info.table(facts))
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)  # so that what is half done is cleaned up
+
+
+@contextmanager
+def _cleaning_up() -> Iterator[None]:
+    try:
+        before: Any = signal.signal(signal.SIGTERM, _terminated)
+    except ValueError:  # not the main thread, where signals arrive
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _told(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    if isinstance(error, MemoryError):
+        return f"too little memory: {error}"
+    return str(error)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0, 1 for a failure, 2 for wrong arguments, 130 for Ctrl-C."""
+    """Run the command line; return the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        code = _demo(options)
-        sys.stdout.flush()
+        with _cleaning_up():
+            options.run(options)
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: not what is left to flush either
         return 141
-    except OSError as error:
-        print(f"bnarray {options.command}: {error}", file=sys.stderr)
+    except (OSError, ValueError, TypeError, MemoryError) as error:
+        print(f"bnarray {options.command}: {_told(error)}", file=sys.stderr)
         return 1
-    return code
+    return 0

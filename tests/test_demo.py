@@ -32,7 +32,7 @@ def test_demo(tmp_path: Path) -> None:
 
 
 def test_help_and_mistakes(tmp_path: Path) -> None:
-    assert "example: bnarray demo" in _bnarray("demo", "--help", cwd=tmp_path).stdout
+    assert "example:\n  bnarray demo" in _bnarray("demo", "--help", cwd=tmp_path).stdout
     assert _bnarray("--version", cwd=tmp_path).stdout.startswith("bnarray ")
     for arguments in (["demo", "--seeds", "0"], ["demo", "--steps", "many"], [], ["dmeo"]):
         done = _bnarray(*arguments, cwd=tmp_path)

@@ -3,11 +3,12 @@
 import io
 import json
 import os
-import tempfile
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from bnarray.atomic import beside
 
 _FORMAT, _VERSION = "bnarray.RunningStats", 1
 _SETTINGS = {"update_rate", "correction", "nonfinite", "num_updates", "num_skipped"}
@@ -16,20 +17,10 @@ _SETTINGS = {"update_rate", "correction", "nonfinite", "num_updates", "num_skipp
 def write(path: str | os.PathLike[str], arrays: dict[str, Any], **settings: Any) -> None:
     """Write arrays and settings beside path, then rename."""
     about = json.dumps({"format": _FORMAT, "version": _VERSION, **settings})
-    place = os.path.realpath(os.fsdecode(path))  # a link stays one
-    handle, beside = tempfile.mkstemp(dir=os.path.dirname(place), prefix=f"{os.path.basename(place)}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, about=np.array(about), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(beside, 0o666 & ~mask)  # as an ordinary new file, not mkstemp's private one
-        os.replace(beside, place)
-    except BaseException:
-        os.unlink(beside)
-        raise
+    with beside(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, about=np.array(about), **arrays)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:

@@ -11,6 +11,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 _CHECKSUM_BYTES = 32
+_KEY_DIGITS = 32
 
 
 def _sources(folder: Traversable) -> list[tuple[str, bytes]]:
@@ -61,7 +62,12 @@ def _path(name: str, target: str) -> Path | None:
     if base is None or _source_digest() != _IMPORTED:
         return None
     key = hashlib.sha256(f"{_IMPORTED} {_versions()} {target}".encode()).hexdigest()
-    return base / key[:32] / name
+    return base / key[:_KEY_DIGITS] / name
+
+
+def is_key(name: str) -> bool:
+    """Whether a folder is named as those of compiled kernels are."""
+    return len(name) == _KEY_DIGITS and set(name) <= set("0123456789abcdef")
 
 
 def load(name: str, target: str) -> bytes | None:

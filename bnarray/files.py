@@ -1,0 +1,514 @@
+"""Normalise and measure arrays in files larger than memory.
+
+An array is cut into units of a fixed number of elements, in the order of memory. Statistics are those of the units,
+merged in order; so they do not depend on how many units are in memory at a time.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from math import prod
+from shutil import disk_usage
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from bnarray.dispatch import backend
+from bnarray.formats import (
+    Cut,
+    Path,
+    Region,
+    Source,
+    at,
+    created,
+    cut,
+    is_zarr,
+    kind_of_output,
+    lengths,
+    opened,
+    regions,
+)
+from bnarray.functional import batch_norm, moments
+from bnarray.layout import broadcasts, features_shape, kept_axes, varies_along
+from bnarray.stats import Moments, RunningStats, checked_number
+
+Progress: TypeAlias = Callable[[int, int], None]
+_Array: TypeAlias = npt.NDArray[Any]
+
+# Elements of a unit: small enough that a core keeps it in cache, large enough that a call on it costs little beside.
+UNIT = 2**18
+
+# Blocks in memory at a time: one being read, one worked on, one being written, and what conversions take.
+_BLOCKS = 4
+
+_FLOATS = "float16, float32 or float64"
+
+
+class Normalized(NamedTuple):
+    """The statistics of an array before and after, in float64."""
+
+    before: Moments
+    after: Moments
+
+
+def normalize_file(
+    src: Path,
+    dst: Path,
+    *,
+    axis: int | tuple[int, ...] = 1,
+    eps: float = 1e-5,
+    stats: RunningStats | Moments | None = None,
+    where: Path | None = None,
+    dtype: npt.DTypeLike | None = None,
+    member: str | None = None,
+    chunk_mb: float = 64,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Normalized | dict[str, Normalized]:
+    """Do to the arrays in a file what `batch_norm` does to arrays, a block at a time.
+
+    The data are read twice, or once with `stats`. What is written is the same, bit for bit, whatever `chunk_mb`.
+
+    Parameters
+    ----------
+    src
+        A file: `.npy`, `.npz` (of which every floating member is normalised by its own statistics, and the others are
+        copied), or a zarr array (with the extra ``bnarray[zarr]``).
+    dst
+        Where to write, named after what it is to be: `.npy`, `.npz` (if src is one) or `.zarr`. It appears when it is
+        complete; until then a hidden file beside it grows.
+    axis, eps
+        As in `batch_norm`.
+    stats
+        Statistics that normalise instead of the data's own.
+    where
+        A file with a mask or weights, as in `batch_norm`; `.npy` or zarr.
+    dtype
+        What to write: float16, float32 or float64. By default what src holds; needed if that has no fractions.
+    member
+        The one member of an archive to normalise.
+    chunk_mb
+        Megabytes (2**20 bytes) of memory for blocks; 8 are used at least.
+    force
+        Whether an existing dst is replaced.
+    progress
+        Called with the bytes done and in all, now and then. What it raises ends the work.
+
+    Returns
+    -------
+    Normalized or dict of str to Normalized
+        Statistics before and after; of an archive without `member`, by member.
+
+    Raises
+    ------
+    OSError
+        If a file cannot be read or written, or does not fit on the disk.
+    TypeError, ValueError
+        If a file or argument is wrong. An older dst is then as it was.
+
+    Examples
+    --------
+    >>> import os, tempfile
+    >>> import numpy as np
+    >>> import bnarray as bn
+    >>> folder = tempfile.mkdtemp()
+    >>> src, dst = os.path.join(folder, "x.npy"), os.path.join(folder, "y.npy")
+    >>> np.save(src, np.array([[1.0, 10.0], [3.0, 30.0]]))
+    >>> bn.normalize_file(src, dst, eps=0).before.mean
+    array([ 2., 20.])
+    >>> np.load(dst)
+    array([[-1., -1.],
+           [ 1.,  1.]])
+    """
+    eps = checked_number(eps, "eps")
+    _check_place(dst, (src,) if where is None else (src, where), force)
+    with opened(src, member) as sources, _mask(where) as mask, _workers() as workers:
+        if not sources:
+            raise ValueError(f"{os.fspath(src)} has no floating member; choose one by member")
+        jobs = {name: _Job(source, axis, mask, dtype, chunk_mb, workers) for name, source in sources.items()}
+        _check_room(dst, sum(prod(job.source.shape) * job.written.itemsize for job in jobs.values()))
+        steps = _Steps(progress, sum(job.size for job in jobs.values()) * (1 if stats is not None else 2))
+        done = {}
+        with created(dst, src) as output:
+            for name, job in jobs.items():
+                before = _sums(job, steps) if stats is None else None
+                constants = job.constants(before if stats is None else stats)
+                with output.array(name, job.source, job.written) as sink:
+                    done[name] = _write(job, constants, eps, before, sink.write, steps)
+            _check_place(dst, (), force)  # nobody else wrote it meanwhile
+        return done if "" not in done and member is None else next(iter(done.values()))
+
+
+def file_moments(
+    paths: Path | Iterable[Path],
+    *,
+    axis: int | tuple[int, ...] = 1,
+    where: Path | None = None,
+    member: str | None = None,
+    chunk_mb: float = 64,
+    progress: Progress | None = None,
+) -> Moments:
+    """Return the exact moments of the arrays in files, all together, as `moments` does of arrays.
+
+    Parameters
+    ----------
+    paths
+        A file, or several: of any sizes, but of the same features.
+    where
+        A file with a mask or weights, if there is one file.
+    axis, member, chunk_mb, progress
+        As in `normalize_file`.
+
+    Returns
+    -------
+    Moments
+        In float64; the same, bit for bit, whatever `chunk_mb`.
+
+    Raises
+    ------
+    OSError
+        If a file cannot be read.
+    TypeError, ValueError
+        If a file or argument is wrong.
+
+    Examples
+    --------
+    >>> import os, tempfile
+    >>> import numpy as np
+    >>> import bnarray as bn
+    >>> folder = tempfile.mkdtemp()
+    >>> paths = [os.path.join(folder, name) for name in ("a.npy", "b.npy")]
+    >>> for path, values in zip(paths, ([[1.0], [2.0]], [[3.0], [4.0], [5.0]])):
+    ...     np.save(path, np.array(values))
+    >>> bn.file_moments(paths).mean
+    array([3.])
+    """
+    paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    if not paths:
+        raise ValueError("paths is empty; it should name at least one file")
+    if where is not None and len(paths) > 1:
+        raise ValueError("where belongs to one file; give it with one path, and merge the moments")
+    with ExitStack() as stack:
+        mask, workers = stack.enter_context(_mask(where)), stack.enter_context(_workers())
+        jobs = []
+        for path in paths:
+            sources = stack.enter_context(opened(path, member))
+            _check_one(path, sources)
+            jobs.append(_Job(next(iter(sources.values())), axis, mask, None, chunk_mb, workers, any_dtype=True))
+            if jobs[-1].features != jobs[0].features:
+                raise ValueError(
+                    f"{os.fspath(path)} has features of shape {jobs[-1].features}, but {os.fspath(paths[0])} of shape "
+                    f"{jobs[0].features}; they should be the same"
+                )
+        steps = _Steps(progress, sum(job.size for job in jobs))
+        return Moments.merge_all([_sums(job, steps) for job in jobs])
+
+
+def check_one_array(src: Path, member: str | None) -> None:
+    """Raise ValueError if a file holds several floating arrays, or none."""
+    with opened(src, member) as sources:
+        _check_one(src, sources)
+
+
+def _check_one(path: Path, sources: dict[str, Source]) -> None:
+    if len(sources) != 1:
+        names = ", ".join(sources) or "none"
+        raise ValueError(f"{os.fspath(path)} should hold one floating array; choose a member (there: {names})")
+
+
+def _check_place(dst: Path, inputs: tuple[Path, ...], force: bool) -> None:
+    kind, place = kind_of_output(dst), os.fspath(dst)
+    if not os.path.lexists(dst):
+        return
+    for each in inputs:
+        if os.path.exists(each) and os.path.exists(dst) and os.path.samefile(each, dst):
+            raise ValueError(f"{place} is an input too; write to another place")
+    if os.path.isdir(dst) and kind != "zarr":
+        raise IsADirectoryError(f"{place} is a folder; name a file in it")
+    if os.path.isdir(dst) and os.listdir(dst) and not is_zarr(dst):
+        raise FileExistsError(f"{place} is a folder that holds no zarr array; it is left alone")
+    if not force:
+        raise FileExistsError(f"{place} exists; name another place, or replace it by force")
+
+
+def _check_room(dst: Path, size: int) -> None:
+    folder = os.path.dirname(os.path.realpath(dst))
+    if kind_of_output(dst) == "npy" and os.path.isdir(folder) and (free := disk_usage(folder).free) < size:
+        raise OSError(f"{os.fspath(dst)} needs {size:,} bytes, but its disk has {free:,} left")
+
+
+@contextmanager
+def _mask(where: Path | None) -> Iterator[Source | None]:
+    if where is None:
+        yield None
+        return
+    with opened(where) as sources:
+        if list(sources) != [""]:
+            raise ValueError(f"{os.fspath(where)} is an archive; where should be a .npy file or a zarr array")
+        yield sources[""]
+
+
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads that work on units, while others read and write."""
+    from bnarray.kernels.cpu.pool import threads
+
+    with ThreadPoolExecutor(threads(), thread_name_prefix="bnarray-files") as workers:
+        try:
+            yield workers
+        except BaseException:
+            workers.shutdown(cancel_futures=True)
+            raise
+
+
+class _Steps:
+    """Bytes done, told to who wants to know."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def add(self, size: int) -> None:
+        self._done += size
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def _working_dtype(source: Source, dtype: npt.DTypeLike | None, any_dtype: bool) -> tuple[np.dtype[Any], np.dtype[Any]]:
+    """The dtypes to compute in and to write."""
+    held = source.dtype.newbyteorder("=")
+    if held.kind not in "fiub" or held.itemsize > 8:
+        raise TypeError(f"{source.name} has dtype {source.dtype}; it should hold {_FLOATS}")
+    if dtype is None:
+        if held.kind == "f":
+            return held, held
+        if not any_dtype:
+            raise TypeError(
+                f"{source.name} has dtype {source.dtype}, which has no fractions; say which to write by dtype, for "
+                "example float32"
+            )
+        return np.result_type(held, np.float16), np.dtype(np.float64)
+    try:
+        written = np.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"dtype is {dtype!r}; it should be {_FLOATS}") from None
+    if written.kind != "f" or written.itemsize > 8:
+        raise TypeError(f"dtype is {written}; it should be {_FLOATS}")
+    return np.result_type(held, written), written.newbyteorder("=")
+
+
+class _Job:
+    """An array of a file, its features, and how it is cut. Axes and shapes are in the order of memory."""
+
+    def __init__(
+        self,
+        source: Source,
+        axis: int | tuple[int, ...],
+        mask: Source | None,
+        dtype: npt.DTypeLike | None,
+        chunk_mb: float,
+        workers: ThreadPoolExecutor,
+        any_dtype: bool = False,
+    ) -> None:
+        self.source, self.mask, self.workers = source, mask, workers
+        ndim = len(source.shape)
+        try:
+            kept = kept_axes(axis, ndim)
+        except ValueError as error:
+            raise ValueError(f"{source.name}: {error}".replace("but x has", "but it has")) from None
+        self.kept = tuple(sorted(ndim - 1 - i for i in kept)) if source.is_fortran else kept
+        self.computed, self.written = _working_dtype(source, dtype, any_dtype)
+        self.size = prod(source.shape) * source.dtype.itemsize
+        if mask is not None:
+            self._check_mask(mask)
+        widest = max(source.dtype.itemsize, self.computed.itemsize, self.written.itemsize)
+        most = int(checked_number(chunk_mb, "chunk_mb") * 2**20) // (_BLOCKS * widest)
+        self.unit = cut(source.shape, UNIT)
+        self.chunk = cut(source.shape, max(most, UNIT), self.unit)
+
+    def _check_mask(self, mask: Source) -> None:
+        shape, several = self.source.shape, sum(size > 1 for size in mask.shape) > 1
+        if several and mask.is_fortran != self.source.is_fortran:
+            raise ValueError(
+                f"{mask.name} and {self.source.name} are stored in opposite orders; store them in the same"
+            )
+        if len(mask.shape) < len(shape) and self.source.is_fortran:
+            raise ValueError(f"{mask.name} has shape {mask.shape}; give it {len(shape)} axes, some of size 1")
+        if not mask.is_fortran and self.source.is_fortran:  # one axis at most is longer than 1: any order will do
+            mask.shape = mask.shape[::-1]
+        if not broadcasts(mask.shape, shape):
+            raise ValueError(f"{mask.name} has shape {mask.shape}, which does not broadcast to {shape}")
+        if mask.dtype.kind not in "bf" or mask.dtype.itemsize > 8:
+            raise TypeError(f"{mask.name} has dtype {mask.dtype}; it should be boolean (a mask) or floating (weights)")
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """The features' shape, in the order of axes."""
+        shape = features_shape(self.source.shape, self.kept)
+        return shape[::-1] if self.source.is_fortran else shape
+
+    def in_memory_order(self, of_features: _Array) -> _Array:
+        return of_features.T if self.source.is_fortran else of_features
+
+    def constants(self, stats: RunningStats | Moments | None) -> tuple[_Array, _Array]:
+        """The mean and variance that normalise, in the order of memory."""
+        if isinstance(stats, Moments):
+            mean, var = stats.mean, stats.var()
+            if not isinstance(stats.count, int | float) or stats.count == 0:
+                var = np.where(np.asarray(stats.count) == 0, 1.0, var)
+        elif isinstance(stats, RunningStats):
+            mean, var = stats.mean_and_var()
+        else:
+            raise TypeError(f"stats is a {type(stats).__name__}; it should be a RunningStats or Moments")
+        if tuple(mean.shape) != self.features:
+            raise ValueError(
+                f"stats has features of shape {tuple(mean.shape)}; those of {self.source.name} have {self.features}"
+            )
+        verbs = backend(mean)
+        return self.in_memory_order(verbs.to_numpy(mean)), self.in_memory_order(verbs.to_numpy(var))
+
+    def of_features(self, region: Region) -> Region:
+        return tuple(region[i] for i in self.kept)
+
+
+class _Block(NamedTuple):
+    """A region of a file, in memory."""
+
+    region: Region
+    values: _Array
+    mask: _Array | None
+
+    def units(self, job: _Job) -> Iterator[tuple[Region, Region]]:
+        """Yield the units: where they are in the block, and which features they hold."""
+        for part in regions(self.values.shape, job.unit):
+            starts = [each.start for each in self.region]
+            whole = tuple(slice(a + s.start, a + s.stop) for a, s in zip(starts, part, strict=True))
+            yield part, job.of_features(whole)
+
+    def moments(self, values: _Array, part: Region, job: _Job) -> Moments:
+        return moments(values, axis=job.kept, where=None if self.mask is None else _part_of(self.mask, part))
+
+
+def _within(shape: tuple[int, ...], region: Region) -> Region:
+    """The region of an array that broadcasts to the one the region is of."""
+    own = region[len(region) - len(shape) :]
+    return tuple(slice(0, 1) if size == 1 else each for size, each in zip(shape, own, strict=True))
+
+
+def _part_of(mask: _Array, part: Region) -> _Array:
+    return at(mask, _within(mask.shape, part))
+
+
+def _blocks(job: _Job) -> Iterator[_Block]:
+    """Read block after block, the next one while the caller works on this one. A block is good for two more turns."""
+    ahead = regions(job.source.shape, job.chunk)
+    size = prod(
+        min(each, n) for each, n in zip(_lengths_of(job.chunk, job.source.shape), job.source.shape, strict=True)
+    )
+    buffers = np.empty((3, size), job.source.dtype)
+
+    def read(region: Region, turn: int) -> _Block:
+        values, mask = job.source.read(region, buffers[turn % 3]), None
+        if job.mask is not None:
+            own = _within(job.mask.shape, region)
+            weights = np.empty(prod(lengths(own)), job.mask.dtype)
+            mask = job.mask.read(own, weights).astype(job.mask.dtype.newbyteorder("="), copy=False)
+        return _Block(region, values, mask)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="bnarray-read") as reader:
+        coming: Future[_Block] | None = None
+        for turn, region in enumerate(chain(ahead, [None])):
+            block = None if coming is None else coming.result()
+            coming = None if region is None else reader.submit(read, region, turn)
+            if block is not None:
+                yield block
+
+
+def _lengths_of(cut: Cut, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(1 if i < cut.axis else cut.step if i == cut.axis else size for i, size in enumerate(shape))
+
+
+def _sums(job: _Job, steps: _Steps) -> Moments:
+    """The moments of the whole array, in the order of axes."""
+    sums = _Sums(job)
+    for block in _blocks(job):
+
+        def work(unit: tuple[Region, Region], block: _Block = block) -> Moments:
+            part, _ = unit
+            return block.moments(at(block.values, part).astype(job.computed, copy=False), part, job)
+
+        units = list(block.units(job))
+        for (_, features), found in zip(units, job.workers.map(work, units), strict=True):
+            sums.add(features, found)
+        steps.add(block.values.nbytes)
+    return sums.moments()
+
+
+class _Sums:
+    """Moments of units, merged into those of the features that they hold."""
+
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+        shape = features_shape(job.source.shape, job.kept)
+        self._count, self._mean, self._m2 = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+        self._merge = backend(self._mean).merge
+
+    def add(self, features: Region, found: Moments) -> None:
+        own = (self._count[features], self._mean[features], self._m2[features])
+        merged = self._merge(*own, found.count, found.mean, found.m2)
+        self._count[features], self._mean[features], self._m2[features] = merged
+
+    def moments(self) -> Moments:
+        job = self._job
+        count, mean, m2 = (job.in_memory_order(each) for each in (self._count, self._mean, self._m2))
+        if job.mask is None:
+            return Moments(prod(job.source.shape) // max(1, mean.size), mean, m2)
+        if varies_along(job.mask.shape, len(job.source.shape), job.kept):
+            return Moments(count, mean, m2)
+        return Moments(float(count.flat[0]) if count.size else 0, mean, m2)
+
+
+def _write(
+    job: _Job,
+    constants: tuple[_Array, _Array],
+    eps: float,
+    before: Moments | None,
+    write: Callable[[Region, _Array], None],
+    steps: _Steps,
+) -> Normalized:
+    """Normalise block after block, one being written while the next one is worked on."""
+    mean, var = constants
+    of_x, of_y = _Sums(job), _Sums(job)
+    with ThreadPoolExecutor(1, thread_name_prefix="bnarray-write") as writer:
+        writing: Future[None] | None = None
+        for block in _blocks(job):
+            same = block.values.dtype == job.written
+            result = block.values if same else np.empty(block.values.shape, job.written)
+
+            def work(
+                unit: tuple[Region, Region], block: _Block = block, result: _Array = result
+            ) -> tuple[Moments | None, Moments]:
+                part, features = unit
+                x, y = at(block.values, part).astype(job.computed, copy=False), at(result, part)
+                found = block.moments(x, part, job) if before is None else None
+                given = Moments(1, mean[features], var[features])
+                batch_norm(x, stats=given, training=False, axis=job.kept, eps=eps, out=x)
+                if y.dtype != x.dtype or not np.may_share_memory(x, y):
+                    with np.errstate(over="ignore"):  # beyond float16 is infinity
+                        y[...] = x
+                return found, block.moments(y, part, job)
+
+            units = list(block.units(job))
+            for (_, features), (found, new) in zip(units, job.workers.map(work, units), strict=True):
+                if found is not None:
+                    of_x.add(features, found)
+                of_y.add(features, new)
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(write, block.region, result)
+            steps.add(block.values.nbytes)
+        if writing is not None:
+            writing.result()
+    return Normalized(of_x.moments() if before is None else before, of_y.moments())

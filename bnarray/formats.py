@@ -66,7 +66,8 @@ def lengths(region: Region) -> tuple[int, ...]:
 def at(values: ndarray, region: Region) -> ndarray:
     """Return the region of an array, as a view even if there are no axes."""
     index: Any = (*region, ...)
-    return values[index]
+    view: ndarray = values[index]
+    return view
 
 
 class Source(Protocol):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 # Elements. Reasoned from the sizes of caches (32 kB nearest, 1 MB or more next), not yet swept by a benchmark.
 TILE = 16384  # the most that a tile holds: 64 kB of float32
-ROW_TILE = 4096  # what a tile of the rows family aims at: 16 kB of float32
+ROW_TILE = 8192  # what a tile of the rows family aims at: 32 kB of float32
 FEW_FEATURES = 8  # fewer features than this are read one by one, as rows with a stride
 WIDEST = 1024  # features side by side in a tile
 PIECE = 32768  # elements handed to a thread at a time, at least

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ def test_an_edit_to_a_kernel_or_a_helper_is_seen(file: str, tmp_path: Path) -> N
     assert _run(tmp_path, tmp_path / "lib") == (RIGHT, 0)
     edited = tmp_path / "lib" / "bnarray" / file
     text = edited.read_text()
-    wrong = text.replace("* factor + shift\n        y[i]", "* factor + shift + 1\n        y[i]")
+    wrong = text.replace("* scale + bias\n", "* scale + bias + 1\n")
     edited.write_text(wrong if file.endswith("normalize.py") else text + "\n# edited\n")
     result, compiled = _run(tmp_path, tmp_path / "lib")
     assert compiled > 0
@@ -163,3 +164,28 @@ def test_processes_that_start_together(tmp_path: Path) -> None:
         assert output.startswith(RIGHT)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout == f"{RIGHT} 0\n"
+
+
+BITS = """
+import hashlib
+import numpy as np, bnarray as bn
+rng, digest = np.random.default_rng(0), hashlib.sha256()
+for draw in range(300):
+    shape = tuple(int(size) for size in rng.integers(1, 6, 4))
+    x = rng.normal(1, 2, shape).transpose(rng.permutation(4))
+    y, saved = bn.batch_norm_forward(x)
+    assert (bn.batch_norm(x, out=x.copy(order="K")) == y).all(), (x.shape, x.strides)
+    for result in (y, saved.moments.m2, *bn.batch_norm_backward(x, saved)[:1]):
+        digest.update(np.ascontiguousarray(result).tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_bits_do_not_depend_on_what_was_compiled_when(tmp_path: Path, run_python: Callable[..., str]) -> None:
+    """Kernels of one source, some from disk and some compiled anew, agree: no sum is left to the compiler's choice."""
+    home = str(tmp_path / "cache")
+    expected = run_python(BITS, BNARRAY_CACHE_DIR=home)
+    for name in ("forward_float64", "moments_rows_float64", "grad_sums_0_rows_float64"):
+        (kernel,) = (tmp_path / "cache").glob(f"*/{name}")
+        kernel.unlink()
+        assert run_python(BITS, BNARRAY_CACHE_DIR=home) == expected

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from bnarray.kernels.cpu import forward, gate, grad_input, grad_sums, memory, moments, normalize, pool
+from bnarray.kernels.cpu import coefficients, forward, gate, grad_input, grad_sums, memory, moments, normalize, pool
+from bnarray.kernels.cpu.memory import NOWHERE
 from bnarray.layout import features_shape, layout
 
 Vector: TypeAlias = npt.NDArray[np.float64]
@@ -54,9 +55,6 @@ class Flat(NamedTuple):
         return gate.OPEN if not self.relu else gate.RELU if self.residual is None else gate.RELU_ONTO
 
 
-NONE = 0  # the address of an operand that a kernel does not read
-
-
 class _Plan(NamedTuple):
     is_columns: bool
     groups: int
@@ -92,12 +90,19 @@ def _tile_type(x: Memory) -> Any:
     return np.float64 if x.kind == memory.FLOAT64 else np.float32
 
 
+def _tile_type_for(x: Memory, flat: Flat, common: Vector, slope: Vector) -> Any:
+    """float64 also where a feature's numbers are too large or too small for loops in float32."""
+    if x.kind == memory.FLOAT64 or not coefficients.fit_single(flat.mean, flat.bias, flat.scale, common, slope):
+        return np.float64
+    return np.float32
+
+
 def find_moments(
     x: Memory, kept: tuple[int, ...], features: int, where: Memory | None
 ) -> tuple[Vector, Vector, Vector]:
     """Return (count, mean, m2) of every feature."""
     if where is None:
-        plan, where_at, where_kind = _plan(x.shape, kept, x.strides), NONE, memory.BOOL
+        plan, where_at, where_kind = _plan(x.shape, kept, x.strides), NOWHERE, memory.BOOL
     else:
         plan, where_at, where_kind = _plan(x.shape, kept, x.strides, where.strides), where.address, where.kind
     count, shift, offset, m2 = np.zeros((4, plan.groups, features))
@@ -133,16 +138,20 @@ def _fused_plan(
 def find_and_write(x: Memory, flat: Flat, eps: float, y: Memory) -> tuple[Vector, Vector, Vector] | None:
     """Write the transform of x by its own moments to y and return those; None where that is no faster in one go.
 
-    Of `flat` the mean and invstd are not read, and scale is the weight.
+    Of `flat` the mean and invstd are not read, and scale is the weight. Where float32 turns out not to do, y is written
+    once more.
     """
     tile_type = _tile_type(x)
     plan = _fused_plan(x.shape, flat.kept, x.strides, y.strides, np.dtype(tile_type).itemsize)
     if plan is None:
         return None
-    count, mean, m2 = np.empty((3, flat.bias.size))
-    owners, vectors = (x.owner, y.owner), (flat.scale, flat.bias, eps, flat.relu, count, mean, m2)
+    count, mean, m2, scale = np.empty((4, flat.bias.size))
+    owners, vectors = (x.owner, y.owner), (flat.scale, flat.bias, eps, flat.relu, count, mean, m2, scale)
     kernel = forward.kernel(tile_type)
     pool.run(kernel, plan.pieces, owners, plan.grid, plan.axes, x.address, y.address, x.kind, *vectors)
+    found = flat._replace(mean=mean, scale=scale)
+    if _tile_type_for(x, found, scale, scale) is not tile_type:
+        write_normalized(x, found, y)
     return count, mean, m2
 
 
@@ -151,7 +160,9 @@ def write_normalized(x: Memory, flat: Flat, y: Memory) -> None:
     added = flat.residual or x
     plan = _plan(x.shape, flat.kept, x.strides, y.strides, added.strides)
     in_place = y.address in (x.address, added.address)
-    kernel = normalize.kernel(_tile_type(x), plan.is_columns, flat.residual is not None)
+    kernel = normalize.kernel(
+        _tile_type_for(x, flat, flat.scale, flat.scale), plan.is_columns, flat.residual is not None
+    )
     owners, addresses = (x.owner, y.owner, added.owner), (x.address, y.address, added.address)
     vectors = flat.mean, flat.scale, flat.bias
     pool.run(kernel, plan.pieces, owners, plan.grid, plan.axes, *addresses, x.kind, in_place, *vectors, flat.relu)
@@ -162,7 +173,7 @@ def find_grad_sums(dy: Memory, x: Memory, flat: Flat) -> tuple[Vector, Vector]:
     added = flat.residual or x
     plan = _plan(x.shape, flat.kept, x.strides, dy.strides, added.strides, guide=flat.guide)
     sum_dz, sum_dz_x = np.zeros((2, plan.groups, flat.mean.size))
-    kernel = grad_sums.kernel(_tile_type(x), plan.is_columns, flat.gate)
+    kernel = grad_sums.kernel(_tile_type_for(x, flat, flat.scale, flat.scale), plan.is_columns, flat.gate)
     owners, addresses = (x.owner, dy.owner, added.owner), (x.address, dy.address, added.address)
     vectors = flat.mean, flat.scale, flat.bias, sum_dz, sum_dz_x
     pool.run(kernel, plan.pieces, owners, plan.grid, plan.axes, *addresses, x.kind, dy.kind, *vectors)
@@ -175,22 +186,23 @@ def write_grad_input(
     x: Memory,
     flat: Flat,
     where: Memory | None,
-    means: npt.NDArray[np.float64] | None,
+    slopes: npt.NDArray[np.float64] | None,
     dx: Memory,
     dresidual: Memory | None,
 ) -> None:
     """Write the gradient of x to dx and, under ReLU, the residual's to dresidual.
 
-    `means` are the sums of `find_grad_sums` over the count; None where the statistics were constants.
+    `slopes` are what `kernels.cpu.features.slopes` makes of the sums; None where the statistics were constants.
     """
-    statistics = grad_input.CONSTANT if means is None else grad_input.BATCH if where is None else grad_input.WEIGHTED
+    statistics = grad_input.CONSTANT if slopes is None else grad_input.BATCH if where is None else grad_input.WEIGHTED
     operands = [each or x for each in (dy, dx, where, flat.residual, dresidual)]
     plan = _plan(x.shape, flat.kept, x.strides, *(each.strides for each in operands))
-    kernel = grad_input.kernel(_tile_type(x), plan.is_columns, flat.gate, statistics)
+    common, slope = (flat.scale, flat.scale) if slopes is None else slopes
+    tile_type = np.float64 if statistics == grad_input.WEIGHTED else _tile_type_for(x, flat, common, slope)
+    kernel = grad_input.kernel(tile_type, plan.is_columns, flat.gate, statistics)
     owners = x.owner, *(each.owner for each in operands)
     addresses = x.address, *(each.address for each in operands)
     kinds = x.kind, dy.kind, x.kind if where is None else where.kind
-    mean_dz, mean_dz_x = (flat.mean, flat.mean) if means is None else means
-    vectors = flat.mean, flat.invstd, flat.scale, flat.bias, mean_dz, mean_dz_x
+    vectors = flat.mean, flat.scale, flat.bias, common, slope
     in_place = dx.address == dy.address
     pool.run(kernel, plan.pieces, owners, plan.grid, plan.axes, *addresses, *kinds, in_place, *vectors)

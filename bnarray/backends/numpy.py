@@ -267,10 +267,9 @@ def grad_input(
 ) -> tuple[ndarray, ndarray | None]:
     dx = empty_like(x) if out is None else out
     dresidual = None if transform.residual is None else empty_like(x)
-    means = None
+    flat, weights, slopes = _flat_transform(transform), _where(x, where), None
     if sums is not None:
-        means = np.empty((2, transform.mean.size))
-        features.means(_counts(count), _flat(sums[0]), _flat(sums[1]), *means)
-    flat, weights = _flat_transform(transform), _where(x, where)
-    _strided.write_grad_input(_memory(dy), _memory(x), flat, weights, means, _memory(dx), _optional(dresidual))
+        slopes = np.empty((2, transform.mean.size))
+        features.slopes(_counts(count), _flat(sums[0]), _flat(sums[1]), flat.invstd, *slopes)
+    _strided.write_grad_input(_memory(dy), _memory(x), flat, weights, slopes, _memory(dx), _optional(dresidual))
     return dx, dresidual

@@ -16,11 +16,8 @@ from numba.core.serialize import dumps
 # The caller's Numba settings that change the machine code; those of the processor are in the codegen's own tuple.
 _SETTINGS = ("OPT", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "ENABLE_AVX")
 
-# `reassoc` lets sums be vectorised. NaN and infinity keep their meaning: neither `nnan` nor `ninf` is given.
-_SUMMING = {"reassoc", "nsz", "contract"}
-
 #: Decorators of the functions that kernels are made of.
-summing = njit(fastmath=_SUMMING, error_model="numpy", nogil=True)
+# `contract` is all the licence there is: sums are vectorised by the way they are written (lanes.py).
 mapping = njit(fastmath={"contract"}, error_model="numpy", nogil=True)
 machinery = njit(error_model="numpy", nogil=True)
 

@@ -42,12 +42,12 @@ def _is_finite(values):
     return finite
 
 
-def _means(count, sum_dz, sum_dz_x, mean_dz, mean_dz_x):
-    """Sums over the count; nothing over nothing is 0."""
+def _slopes(count, sum_dz, sum_dz_x, invstd, common, slope):
+    """common = Σ dz / n,  slope = Σ dz · x̂ / n · invstd; nothing over nothing is 0."""
     for c in range(sum_dz.size):
         n = count[c if count.size > 1 else 0]
-        mean_dz[c] = sum_dz[c] / n if n != 0 else 0.0
-        mean_dz_x[c] = sum_dz_x[c] / n if n != 0 else 0.0
+        common[c] = sum_dz[c] / n if n != 0 else 0.0
+        slope[c] = sum_dz_x[c] / n * invstd[c] if n != 0 else 0.0
 
 
 invstd = Kernel("invstd", types.void(vector, vector, number, results), _invstd)
@@ -56,4 +56,4 @@ running = Kernel(
     "running", types.void(vector, vector, vector, vector, vector, number, number, results, results), _running
 )
 is_finite = Kernel("is_finite", flag(vector), _is_finite)
-means = Kernel("means", types.void(vector, vector, vector, results, results), _means)
+slopes = Kernel("slopes", types.void(vector, vector, vector, vector, results, results), _slopes)

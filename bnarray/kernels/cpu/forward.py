@@ -13,7 +13,9 @@ from functools import cache
 import numpy as np
 from numba import types
 
+from bnarray.kernels.cpu.coefficients import coefficients
 from bnarray.kernels.cpu.compiled import Kernel, counter, flag, index, indices, number, results, table, vector
+from bnarray.kernels.cpu.lanes import MOST
 from bnarray.kernels.cpu.memory import load, store, target
 from bnarray.kernels.cpu.moments import fold_rows, merge_into
 from bnarray.kernels.cpu.normalize import normalize_rows
@@ -34,11 +36,11 @@ from bnarray.kernels.cpu.walk import (
 def kernel(dtype):
     """Make the kernel for tiles of one dtype. Operands 1 and 2 of the axes are x and y."""
 
-    def forward(counter, grid, axes, x, y, kind, weight, bias, eps, relu, count, mean, m2):
+    like = dtype(0)
+
+    def forward(counter, grid, axes, x, y, kind, weight, bias, eps, relu, count, mean, m2, scale):
         values, normalized = np.empty(grid[TILE], dtype), np.empty(grid[TILE], dtype)
-        part, whole = np.empty((4, 1)), np.empty((4, 1))
-        scale = np.empty(1)
-        lowest = 0.0 if relu else -np.inf
+        part, whole, sums = np.empty((4, 1)), np.empty((4, 1)), np.empty((3, MOST))
         place = np.zeros(axes.shape[1], np.int64)
         c = take(counter)
         while c < grid[SPANS]:
@@ -48,19 +50,20 @@ def kernel(dtype):
                 for chunk in range(first, min(first + grid[CHUNKS_PER_GROUP], grid[CHUNKS])):
                     rows, columns = place_chunk(grid, axes, chunk, place), place_span(grid, axes, c, place)[0]
                     x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
-                    fold_rows(x_tile, rows, columns, part[0], part[1], part[2], part[3], part)
+                    fold_rows(x_tile, rows, columns, like, part[0], part[1], part[2], part[3], sums)
                 merge_into(0, whole[0], whole[1], whole[2], whole[3], part[0, 0], part[1, 0], part[2, 0], part[3, 0])
             count[c], mean[c], m2[c] = whole[0, 0], whole[1, 0] + whole[2, 0], whole[3, 0]
             root = math.sqrt(m2[c] / count[c] + eps)
-            scale[0] = (1 / root if root != 0 else 0.0) * weight[c]
+            scale[c] = (1 / root if root != 0 else 0.0) * weight[c]
+            of = coefficients(mean[c : c + 1], scale[c : c + 1], bias[c : c + 1], dtype)
             for chunk in range(grid[CHUNKS]):
                 rows, columns = place_chunk(grid, axes, chunk, place), place_span(grid, axes, c, place)[0]
                 y_at, y_steps = address_of(y, axes, 2, place), steps_of(axes, 2)
                 x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
                 y_tile = target(y_at, y_steps, rows, columns, kind, normalized, False)
-                normalize_rows(x_tile, y_tile, rows, columns, mean[c : c + 1], scale, bias[c : c + 1], lowest)
-                store(y_tile, y_at, y_steps, rows, columns, kind)
+                normalize_rows(x_tile, y_tile, rows, columns, like, of, relu)
+                store(y_at, y_steps, rows, columns, kind, normalized, y_tile[0])
             c = take(counter)
 
-    arguments = (counter, indices, table, index, index, index, vector, vector, number, flag, results, results, results)
-    return Kernel(f"forward_{dtype.__name__}", types.void(*arguments), forward)
+    inputs = (counter, indices, table, index, index, index, vector, vector, number, flag)
+    return Kernel(f"forward_{dtype.__name__}", types.void(*inputs, results, results, results, results), forward)

@@ -1,47 +1,56 @@
 """The part of dy that passes ReLU backwards, on one tile::
 
-    dz = dy where not z <= 0, else 0        z = (x − mean) · scale + bias + residual
+    dz = dy where not z + residual <= 0, else 0        z = (x − mean) · scale + bias
 
-z is computed again as `normalize` did, which costs no memory traffic: x is read anyway.
+z is computed again as `normalize` did, which costs no memory traffic: x is read anyway. dz is a flat tile.
 """
 
 from bnarray.kernels.cpu.compiled import mapping
+from bnarray.kernels.cpu.memory import line
 
 #: How dz follows from dy: it is dy; dy gated by ReLU; dy gated by ReLU onto a residual.
 OPEN, RELU, RELU_ONTO = range(3)
 
 
 @mapping
-def gate_rows(dy, x, dz, rows, columns, mean, scale, bias):
-    center, factor, shift = mean[0], scale[0], bias[0]
-    for i in range(x.size):
-        z = (x[i] - center) * factor + shift
-        dz[i] = 0.0 if z <= 0.0 else dy[i]
-
-
-@mapping
-def gate_rows_onto(dy, x, residual, dz, rows, columns, mean, scale, bias):
-    center, factor, shift = mean[0], scale[0], bias[0]
-    for i in range(x.size):
-        z = (x[i] - center) * factor + shift + residual[i]
-        dz[i] = 0.0 if z <= 0.0 else dy[i]
-
-
-@mapping
-def gate_columns(dy, x, dz, rows, columns, mean, scale, bias):
+def gate_rows(dy_tile, x_tile, dz, rows, columns, like, of):
+    center, low, rest, scale, bias = of[0][0], of[1][0], of[2][0], of[3][0], of[4][0]
     for row in range(rows):
-        line = slice(row * columns, (row + 1) * columns)
-        x_row, dy_row, dz_row = x[line], dy[line], dz[line]
-        for j in range(columns):
-            z = (x_row[j] - mean[j]) * scale[j] + bias[j]
-            dz_row[j] = 0.0 if z <= 0.0 else dy_row[j]
+        x, dy = line(x_tile[0], x_tile[1], row, columns, like), line(dy_tile[0], dy_tile[1], row, columns, like)
+        passed = dz[row * columns : (row + 1) * columns]
+        for i in range(x.size):
+            z = (((x[i] - center) - low) - rest) * scale + bias
+            passed[i] = 0 if z <= 0 else dy[i]
 
 
 @mapping
-def gate_columns_onto(dy, x, residual, dz, rows, columns, mean, scale, bias):
+def gate_rows_onto(dy_tile, x_tile, r_tile, dz, rows, columns, like, of):
+    center, low, rest, scale, bias = of[0][0], of[1][0], of[2][0], of[3][0], of[4][0]
     for row in range(rows):
-        line = slice(row * columns, (row + 1) * columns)
-        x_row, r_row, dy_row, dz_row = x[line], residual[line], dy[line], dz[line]
-        for j in range(columns):
-            z = (x_row[j] - mean[j]) * scale[j] + bias[j] + r_row[j]
-            dz_row[j] = 0.0 if z <= 0.0 else dy_row[j]
+        x, dy = line(x_tile[0], x_tile[1], row, columns, like), line(dy_tile[0], dy_tile[1], row, columns, like)
+        residual, passed = line(r_tile[0], r_tile[1], row, columns, like), dz[row * columns : (row + 1) * columns]
+        for i in range(x.size):
+            z = (((x[i] - center) - low) - rest) * scale + bias + residual[i]
+            passed[i] = 0 if z <= 0 else dy[i]
+
+
+@mapping
+def gate_columns(dy_tile, x_tile, dz, rows, columns, like, of):
+    center, low, rest, scale, bias = of
+    for row in range(rows):
+        x, dy = line(x_tile[0], x_tile[1], row, columns, like), line(dy_tile[0], dy_tile[1], row, columns, like)
+        passed = dz[row * columns : (row + 1) * columns]
+        for j in range(x.size):
+            z = (((x[j] - center[j]) - low[j]) - rest[j]) * scale[j] + bias[j]
+            passed[j] = 0 if z <= 0 else dy[j]
+
+
+@mapping
+def gate_columns_onto(dy_tile, x_tile, r_tile, dz, rows, columns, like, of):
+    center, low, rest, scale, bias = of
+    for row in range(rows):
+        x, dy = line(x_tile[0], x_tile[1], row, columns, like), line(dy_tile[0], dy_tile[1], row, columns, like)
+        residual, passed = line(r_tile[0], r_tile[1], row, columns, like), dz[row * columns : (row + 1) * columns]
+        for j in range(x.size):
+            z = (((x[j] - center[j]) - low[j]) - rest[j]) * scale[j] + bias[j] + residual[j]
+            passed[j] = 0 if z <= 0 else dy[j]

@@ -1,10 +1,11 @@
 """The gradient of x::
 
-    dx = scale · (dz − share · (Σ dz + x̂ · Σ dz · x̂))        scale = weight · invstd,  x̂ = (x − mean) · invstd
+    dx = scale · (dz − w · (common + (x − mean) · slope))
 
-where share is the element's part in the statistics: 1 / n, or its weight over the sum of weights, or 0 where the
-statistics are constants (evaluation). From the paper's chain rule (Ioffe and Szegedy 2015, section 3), collected.
-`mean_dz` and `mean_dz_x` below are the sums over the count (the sum of weights).
+    scale = weight · invstd        common = Σ dz / n        slope = Σ dz · x̂ / n · invstd
+
+From the paper's chain rule (Ioffe and Szegedy 2015, section 3), collected. n is the count (the sum of weights) and w an
+element's weight: 1 where there are none, 0 where the statistics are constants (evaluation).
 
 Traffic: reads x and dy (and `where`; under ReLU the residual), writes dx (and dz, the residual's gradient).
 """
@@ -14,6 +15,7 @@ from functools import cache
 import numpy as np
 from numba import types
 
+from bnarray.kernels.cpu.coefficients import coefficients, of_features
 from bnarray.kernels.cpu.compiled import Kernel, counter, flag, index, indices, mapping, table, vector
 from bnarray.kernels.cpu.gate import (
     OPEN,
@@ -23,7 +25,7 @@ from bnarray.kernels.cpu.gate import (
     gate_rows,
     gate_rows_onto,
 )
-from bnarray.kernels.cpu.memory import load, store, target
+from bnarray.kernels.cpu.memory import NOWHERE, line, load, store, target, tile_of
 from bnarray.kernels.cpu.walk import TILE, address_of, steps_of, tiles
 
 #: What the statistics were to the elements: constants; their own mean; their weighted mean.
@@ -31,55 +33,66 @@ CONSTANT, BATCH, WEIGHTED = range(3)
 
 
 @mapping
-def _constant_rows(dz, x, weights, dx, rows, columns, mean, invstd, scale, mean_dz, mean_dz_x):
-    factor = scale[0]
-    for i in range(dz.size):
-        dx[i] = factor * dz[i]
-
-
-@mapping
-def _batch_rows(dz, x, weights, dx, rows, columns, mean, invstd, scale, mean_dz, mean_dz_x):
-    center, inverse, factor, common, slope = mean[0], invstd[0], scale[0], mean_dz[0], mean_dz_x[0]
-    for i in range(dz.size):
-        x_hat = (x[i] - center) * inverse
-        dx[i] = factor * (dz[i] - common - x_hat * slope)
-
-
-@mapping
-def _weighted_rows(dz, x, weights, dx, rows, columns, mean, invstd, scale, mean_dz, mean_dz_x):
-    center, inverse, factor, common, slope = mean[0], invstd[0], scale[0], mean_dz[0], mean_dz_x[0]
-    for i in range(dz.size):
-        x_hat = (x[i] - center) * inverse if weights[i] != 0 else 0.0
-        dx[i] = factor * (dz[i] - weights[i] * (common + x_hat * slope))
-
-
-@mapping
-def _constant_columns(dz, x, weights, dx, rows, columns, mean, invstd, scale, mean_dz, mean_dz_x):
+def _constant_rows(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
+    scale = of[3][0]
     for row in range(rows):
-        line = slice(row * columns, (row + 1) * columns)
-        dz_row, dx_row = dz[line], dx[line]
-        for j in range(columns):
-            dx_row[j] = scale[j] * dz_row[j]
+        dz, dx = line(dz_tile[0], dz_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
+        for i in range(dz.size):
+            dx[i] = scale * dz[i]
 
 
 @mapping
-def _batch_columns(dz, x, weights, dx, rows, columns, mean, invstd, scale, mean_dz, mean_dz_x):
+def _batch_rows(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
+    center, low, rest, scale = of[0][0], of[1][0], of[2][0], of[3][0]
+    mean_dz, steep = common[0], slope[0]
     for row in range(rows):
-        line = slice(row * columns, (row + 1) * columns)
-        dz_row, x_row, dx_row = dz[line], x[line], dx[line]
-        for j in range(columns):
-            x_hat = (x_row[j] - mean[j]) * invstd[j]
-            dx_row[j] = scale[j] * (dz_row[j] - mean_dz[j] - x_hat * mean_dz_x[j])
+        dz, dx = line(dz_tile[0], dz_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
+        x = line(x_tile[0], x_tile[1], row, columns, like)
+        for i in range(dz.size):
+            deviation = ((x[i] - center) - low) - rest
+            dx[i] = scale * ((dz[i] - mean_dz) - deviation * steep)
 
 
 @mapping
-def _weighted_columns(dz, x, weights, dx, rows, columns, mean, invstd, scale, mean_dz, mean_dz_x):
+def _weighted_rows(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
+    center, scale, mean_dz, steep = of[0][0], of[3][0], common[0], slope[0]
     for row in range(rows):
-        line = slice(row * columns, (row + 1) * columns)
-        dz_row, x_row, w_row, dx_row = dz[line], x[line], weights[line], dx[line]
-        for j in range(columns):
-            x_hat = (x_row[j] - mean[j]) * invstd[j] if w_row[j] != 0 else 0.0
-            dx_row[j] = scale[j] * (dz_row[j] - w_row[j] * (mean_dz[j] + x_hat * mean_dz_x[j]))
+        dz, dx = line(dz_tile[0], dz_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
+        x, w = line(x_tile[0], x_tile[1], row, columns, like), line(w_tile[0], w_tile[1], row, columns, 0.0)
+        for i in range(dz.size):
+            deviation = x[i] - center if w[i] != 0 else 0.0
+            dx[i] = scale * (dz[i] - w[i] * (mean_dz + deviation * steep))
+
+
+@mapping
+def _constant_columns(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
+    scale = of[3]
+    for row in range(rows):
+        dz, dx = line(dz_tile[0], dz_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
+        for j in range(dz.size):
+            dx[j] = scale[j] * dz[j]
+
+
+@mapping
+def _batch_columns(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
+    center, low, rest, scale, _ = of
+    for row in range(rows):
+        dz, dx = line(dz_tile[0], dz_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
+        x = line(x_tile[0], x_tile[1], row, columns, like)
+        for j in range(dz.size):
+            deviation = ((x[j] - center[j]) - low[j]) - rest[j]
+            dx[j] = scale[j] * ((dz[j] - common[j]) - deviation * slope[j])
+
+
+@mapping
+def _weighted_columns(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
+    center, scale = of[0], of[3]
+    for row in range(rows):
+        dz, dx = line(dz_tile[0], dz_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
+        x, w = line(x_tile[0], x_tile[1], row, columns, like), line(w_tile[0], w_tile[1], row, columns, 0.0)
+        for j in range(dz.size):
+            deviation = x[j] - center[j] if w[j] != 0 else 0.0
+            dx[j] = scale[j] * (dz[j] - w[j] * (common[j] + deviation * slope[j]))
 
 
 _FORMULAS = {
@@ -99,10 +112,12 @@ def kernel(dtype, is_columns, gate, statistics):
     pass_gate = gate_columns if is_columns else gate_rows
     pass_gate_onto = gate_columns_onto if is_columns else gate_rows_onto
 
+    like = dtype(0)
+
     # Operands 1 to 6 of the axes are x, dy, dx, where, the residual and its gradient.
     def grad_input(
         counter, grid, axes, x, dy, dx, where, residual, dresidual, kind, dy_kind, where_kind, in_place,
-        mean, invstd, scale, bias, mean_dz, mean_dz_x,
+        mean, scale, bias, common, slope,
     ):  # fmt: skip
         values, gradients, results = (
             np.empty(grid[TILE], dtype),
@@ -112,7 +127,9 @@ def kernel(dtype, is_columns, gate, statistics):
         gated = np.empty(0 if gate == OPEN else grid[TILE], dtype)
         added = np.empty(grid[TILE] if gate == RELU_ONTO else 0, dtype)
         weights = np.empty(grid[TILE] if statistics == WEIGHTED else 0, np.float64)
-        x_tile, w_tile = values, weights
+        of_all = coefficients(mean, scale, bias, dtype)
+        commons, slopes = common.astype(dtype), slope.astype(dtype)
+        x_tile, w_tile = tile_of(values, 0), tile_of(weights, 0)
         for _, rows, columns, first, last, place in tiles(counter, grid, axes):
             dy_at = address_of(dy, axes, 2, place)
             dz_tile = load(dy_at, steps_of(axes, 2), rows, columns, dy_kind, gradients)
@@ -121,28 +138,25 @@ def kernel(dtype, is_columns, gate, statistics):
             if statistics == WEIGHTED:
                 w_at = address_of(where, axes, 4, place)
                 w_tile = load(w_at, steps_of(axes, 4), rows, columns, where_kind, weights)
+            of = of_features(of_all, first, last)
             if gate != OPEN:
-                of_gate = mean[first:last], scale[first:last], bias[first:last]
                 if gate == RELU_ONTO:
                     r_at = address_of(residual, axes, 5, place)
                     r_tile = load(r_at, steps_of(axes, 5), rows, columns, kind, added)
-                    pass_gate_onto(dz_tile, x_tile, r_tile, gated, rows, columns, *of_gate)
+                    pass_gate_onto(dz_tile, x_tile, r_tile, gated, rows, columns, like, of)
+                    dresidual_at = address_of(dresidual, axes, 6, place)
+                    store(dresidual_at, steps_of(axes, 6), rows, columns, kind, gated, NOWHERE)
                 else:
-                    pass_gate(dz_tile, x_tile, gated, rows, columns, *of_gate)
-                dz_tile = gated[: rows * columns]
-            if gate == RELU_ONTO:
-                store(dz_tile, address_of(dresidual, axes, 6, place), steps_of(axes, 6), rows, columns, kind)
+                    pass_gate(dz_tile, x_tile, gated, rows, columns, like, of)
+                dz_tile = tile_of(gated, columns)
             dx_at, dx_steps = address_of(dx, axes, 3, place), steps_of(axes, 3)
             dx_tile = target(dx_at, dx_steps, rows, columns, kind, results, in_place)
-            of_features = mean[first:last], invstd[first:last], scale[first:last]
-            formula(
-                dz_tile, x_tile, w_tile, dx_tile, rows, columns,
-                *of_features, mean_dz[first:last], mean_dz_x[first:last],
-            )  # fmt: skip
-            store(dx_tile, dx_at, dx_steps, rows, columns, kind)
+            of_sums = commons[first:last], slopes[first:last]
+            formula(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, *of_sums)
+            store(dx_at, dx_steps, rows, columns, kind, results, dx_tile[0])
 
     name = f"grad_input_{gate}_{statistics}_{'columns' if is_columns else 'rows'}_{dtype.__name__}"
     addresses = (index, index, index, index, index, index)
     kinds = (index, index, index)
-    vectors = (vector, vector, vector, vector, vector, vector)
+    vectors = (vector, vector, vector, vector, vector)
     return Kernel(name, types.void(counter, indices, table, *addresses, *kinds, flag, *vectors), grad_input)

@@ -13,7 +13,8 @@ from functools import cache
 import numpy as np
 from numba import types
 
-from bnarray.kernels.cpu.compiled import Kernel, counter, index, indices, partials, summing, table, vector
+from bnarray.kernels.cpu.coefficients import coefficients, of_features
+from bnarray.kernels.cpu.compiled import Kernel, counter, index, indices, machinery, mapping, partials, table, vector
 from bnarray.kernels.cpu.gate import (
     OPEN,
     RELU_ONTO,
@@ -22,61 +23,86 @@ from bnarray.kernels.cpu.gate import (
     gate_rows,
     gate_rows_onto,
 )
-from bnarray.kernels.cpu.memory import load
+from bnarray.kernels.cpu.lanes import MOST, clear, panel, panels, total, width_of
+from bnarray.kernels.cpu.memory import item_of, line, load, tile_of
 from bnarray.kernels.cpu.walk import TILE, address_of, steps_of, tiles
 
 
-@summing
-def _sum_rows(dz, x, rows, columns, mean, sum_dz, sum_dz_x):
-    center = mean[0]
-    plain = 0.0
-    product = 0.0
-    for i in range(x.size):
-        g = np.float64(dz[i])
-        plain += g
-        product += g * (x[i] - center) if g != 0 else 0.0
-    sum_dz[0] += plain
-    sum_dz_x[0] += product
+@machinery
+def _product(g, x, center):
+    return g * (x - center) if g != 0 else 0.0
 
 
-@summing
-def _sum_columns(dz, x, rows, columns, mean, sum_dz, sum_dz_x):
-    for row in range(rows):
-        dz_row, x_row = dz[row * columns : (row + 1) * columns], x[row * columns : (row + 1) * columns]
-        for j in range(columns):
-            g = np.float64(dz_row[j])
-            sum_dz[j] += g
-            sum_dz_x[j] += g * (x_row[j] - mean[j]) if g != 0 else 0.0
+# Down the columns two lines at a time, so that the sums are read and written half as often.
+
+
+@mapping
+def _add(dz_tile, x_tile, rows, columns, like, mean, sum_dz, sum_dz_x):
+    center, plain, product = mean[:columns], sum_dz[:columns], sum_dz_x[:columns]
+    for row in range(0, rows - 1, 2):
+        a, b = line(dz_tile[0], dz_tile[1], row, columns, like), line(dz_tile[0], dz_tile[1], row + 1, columns, like)
+        x, y = line(x_tile[0], x_tile[1], row, columns, like), line(x_tile[0], x_tile[1], row + 1, columns, like)
+        for j in range(center.size):
+            ga, gb = np.float64(a[j]), np.float64(b[j])
+            plain[j] += ga + gb
+            product[j] += _product(ga, x[j], center[j]) + _product(gb, y[j], center[j])
+    if rows % 2:
+        a = line(dz_tile[0], dz_tile[1], rows - 1, columns, like)
+        x = line(x_tile[0], x_tile[1], rows - 1, columns, like)
+        for j in range(center.size):
+            plain[j] += a[j]
+            product[j] += _product(np.float64(a[j]), x[j], center[j])
+
+
+@machinery
+def _add_rows(dz_tile, x_tile, rows, columns, like, mean, sum_dz, sum_dz_x, sums):
+    center, plain, product = sums[0], sums[1], sums[2]
+    item, width = item_of(like), width_of(columns)
+    clear(plain, width)
+    clear(product, width)
+    center[:width] = mean[0]
+    for row, begin, lines, length in panels(rows, columns):
+        dz_part, x_part = panel(dz_tile, columns, row, begin, item), panel(x_tile, columns, row, begin, item)
+        _add(dz_part, x_part, lines, length, like, center, plain, product)
+    sum_dz[0] += total(plain, width)
+    sum_dz_x[0] += total(product, width)
+
+
+@machinery
+def _add_columns(dz_tile, x_tile, rows, columns, like, mean, sum_dz, sum_dz_x, sums):
+    _add(dz_tile, x_tile, rows, columns, like, mean, sum_dz, sum_dz_x)
 
 
 @cache
 def kernel(dtype, is_columns, gate):
     """Make the kernel that leaves each group's Σ dz and Σ dz · (x − mean) in a row of its last two arguments."""
-    add = _sum_columns if is_columns else _sum_rows
+    add = _add_columns if is_columns else _add_rows
     pass_gate = gate_columns if is_columns else gate_rows
     pass_gate_onto = gate_columns_onto if is_columns else gate_rows_onto
+
+    like = dtype(0)
 
     # Operands 1, 2, 3 of the axes are x, dy and the residual.
     def grad_sums(counter, grid, axes, x, dy, residual, kind, dy_kind, mean, scale, bias, sum_dz, sum_dz_x):
         values, gradients = np.empty(grid[TILE], dtype), np.empty(grid[TILE], dtype)
         gated = np.empty(0 if gate == OPEN else grid[TILE], dtype)
         added = np.empty(grid[TILE] if gate == RELU_ONTO else 0, dtype)
+        sums = np.empty((3, MOST))
+        of_all = coefficients(mean, scale, bias, dtype)
         for group, rows, columns, first, last, place in tiles(counter, grid, axes):
-            of_features = mean[first:last], scale[first:last], bias[first:last]
             x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
             dy_at = address_of(dy, axes, 2, place)
             dz_tile = load(dy_at, steps_of(axes, 2), rows, columns, dy_kind, gradients)
             if gate == RELU_ONTO:
                 r_at = address_of(residual, axes, 3, place)
                 r_tile = load(r_at, steps_of(axes, 3), rows, columns, kind, added)
-                pass_gate_onto(dz_tile, x_tile, r_tile, gated, rows, columns, *of_features)
-                dz_tile = gated[: rows * columns]
+                pass_gate_onto(dz_tile, x_tile, r_tile, gated, rows, columns, like, of_features(of_all, first, last))
+                dz_tile = tile_of(gated, columns)
             elif gate != OPEN:
-                pass_gate(dz_tile, x_tile, gated, rows, columns, *of_features)
-                dz_tile = gated[: rows * columns]
-            add(
-                dz_tile, x_tile, rows, columns, mean[first:last], sum_dz[group, first:last], sum_dz_x[group, first:last]
-            )
+                pass_gate(dz_tile, x_tile, gated, rows, columns, like, of_features(of_all, first, last))
+                dz_tile = tile_of(gated, columns)
+            into = sum_dz[group, first:last], sum_dz_x[group, first:last]
+            add(dz_tile, x_tile, rows, columns, like, mean[first:last], *into, sums)
 
     name = f"grad_sums_{gate}_{'columns' if is_columns else 'rows'}_{dtype.__name__}"
     addresses = (index, index, index)

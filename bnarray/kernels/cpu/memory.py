@@ -1,8 +1,8 @@
 """Between the caller's memory and tiles.
 
-A tile is a small contiguous array of float32 or float64 that fits the nearest cache. Where the caller's memory already
-is one, the tile is a view of it; everything else (strides, half precision, unaligned addresses) is copied into a buffer
-of one tile, a copy whose cost disappears behind the memory bus.
+A tile is some lines of contiguous float32 or float64, small enough for the nearest cache. Where the caller's memory
+already is that, the tile is that memory; everything else (strides, half precision, unaligned addresses) is copied into
+a buffer of one tile, a copy whose cost disappears behind the memory bus.
 """
 
 import numpy as np
@@ -13,6 +13,8 @@ from numba.extending import intrinsic
 from bnarray.kernels.cpu.compiled import Kernel, machinery, mapping, named
 
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64, BOOL = range(5)
+
+NOWHERE = 0  # the address of an operand that a kernel does not read, and of a tile that is not in memory yet
 
 
 @intrinsic
@@ -211,48 +213,62 @@ def _write(line, address, step, kind):
 
 
 @machinery
-def _is_tile(address, steps, rows, columns, kind, buffer):
-    """Whether the memory already is a tile: of the buffer's type, aligned, contiguous."""
+def line(at, step, row, size, like):
+    """A line of a tile: contiguous values of like's type."""
+    return view(at + row * step, size, like)
+
+
+@machinery
+def item_of(like):
+    """The bytes of a value of like's type."""
+    return view(0, 0, like).itemsize
+
+
+@machinery
+def _is_tile(address, steps, columns, kind, buffer):
+    """Whether the memory already is a tile: lines of the buffer's type, aligned, each contiguous."""
     item = buffer.itemsize
     down, across = steps
     native = FLOAT32 if item == 4 else FLOAT64
-    contiguous = (columns == 1 or across == item) and (rows == 1 or down == columns * item)
-    return kind == native and address % item == 0 and contiguous
+    return kind == native and address % item == 0 and down % item == 0 and (columns == 1 or across == item)
+
+
+@machinery
+def tile_of(buffer, columns):
+    """A buffer as a tile: (address, bytes from line to line)."""
+    return buffer.ctypes.data, columns * buffer.itemsize
 
 
 @machinery
 def load(address, steps, rows, columns, kind, buffer):
-    """The flat tile of rows × columns elements at the address, `steps` = (down, across) bytes apart."""
+    """The tile of rows × columns elements at the address, `steps` = (down, across) bytes apart.
+
+    As `tile_of` gives it: the memory itself where it can be, else the buffer.
+    """
     down, across = steps
-    if _is_tile(address, steps, rows, columns, kind, buffer):
-        return view(address, rows * columns, buffer.dtype.type(0))
-    if columns == 1:
-        _read(address, down, kind, buffer[:rows])
-    else:
-        for row in range(rows):
-            _read(address + row * down, across, kind, buffer[row * columns : (row + 1) * columns])
-    return buffer[: rows * columns]
+    if _is_tile(address, steps, columns, kind, buffer):
+        return address, down
+    for row in range(rows):
+        _read(address + row * down, across, kind, buffer[row * columns : (row + 1) * columns])
+    return tile_of(buffer, columns)
 
 
 @machinery
 def target(address, steps, rows, columns, kind, buffer, in_place):
-    """The flat tile to write before `store`: the memory itself where it can be.
+    """The tile to write before `store`: the memory itself where it can be.
 
     In place it never is: reading and writing one address would keep the loops from being vectorised.
     """
-    if not in_place and _is_tile(address, steps, rows, columns, kind, buffer):
-        return view(address, rows * columns, buffer.dtype.type(0))
-    return buffer[: rows * columns]
+    if not in_place and _is_tile(address, steps, columns, kind, buffer):
+        return address, steps[0]
+    return tile_of(buffer, columns)
 
 
 @machinery
-def store(tile, address, steps, rows, columns, kind):
-    """Bring a tile that `target` gave to its memory, where it is not there already."""
+def store(address, steps, rows, columns, kind, buffer, at):
+    """Bring the buffer's tile to its memory, unless the tile is `at` that address."""
     down, across = steps
-    if tile.ctypes.data == address:
+    if at == address:
         return
-    if columns == 1:
-        _write(tile, address, down, kind)
-    else:
-        for row in range(rows):
-            _write(tile[row * columns : (row + 1) * columns], address + row * down, across, kind)
+    for row in range(rows):
+        _write(buffer[row * columns : (row + 1) * columns], address + row * down, across, kind)

@@ -1,0 +1,50 @@
+"""What an element is shifted and scaled by, in the precision that its loop computes in.
+
+The mean comes in three parts, so that loops over float32 data can subtract it in float32: x − center is exact next to
+the mean, what is left of the mean then too, and `rest` makes the difference as exact as the float64 mean is. (In two
+parts, at mean 10⁶ and deviation 1, a result of 4·10⁻⁴ is off by 30 of its ulp.) In float64 the other parts are 0.
+"""
+
+import numpy as np
+
+from bnarray.kernels.cpu.compiled import Kernel, flag, machinery, vector
+
+#: From here to the ends of float32 there is room for differences and products. Beyond it tiles of float64 are used.
+LARGE = 2.0**100
+
+
+@machinery
+def _is_middling(number):
+    size = abs(number)
+    return size == 0 or not (size > LARGE or size < 1 / LARGE)
+
+
+@machinery
+def coefficients(mean, scale, bias, dtype):
+    """Vectors of every feature's (center, low, rest, scale, bias)."""
+    center, low, rest = np.empty(mean.size, dtype), np.empty(mean.size, dtype), np.empty(mean.size, dtype)
+    for c in range(mean.size):
+        center[c] = mean[c]
+        left = mean[c] - np.float64(center[c]) if mean[c] != center[c] else 0.0  # also where both are infinite
+        low[c] = left
+        rest[c] = left - np.float64(low[c])
+    return center, low, rest, scale.astype(dtype), bias.astype(dtype)
+
+
+@machinery
+def of_features(vectors, first, last):
+    """The part of `coefficients` that belongs to some features."""
+    center, low, rest, scale, bias = vectors
+    return center[first:last], low[first:last], rest[first:last], scale[first:last], bias[first:last]
+
+
+def _fit_single(mean, bias, scale, common, slope):
+    """Whether tiles of float32 do for all features: terms not too large, factors not too small either."""
+    fit = True
+    for c in range(mean.size):
+        fit &= not (abs(mean[c]) > LARGE or abs(bias[c]) > LARGE)
+        fit &= _is_middling(scale[c]) and _is_middling(common[c]) and _is_middling(slope[c])
+    return fit
+
+
+fit_single = Kernel("fit_single", flag(vector, vector, vector, vector, vector), _fit_single)

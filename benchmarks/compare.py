@@ -1,73 +1,251 @@
-"""How long a call takes beside torch, the NumPy formula and a plain copy: ``python -m benchmarks.compare``.
+"""How long a call takes beside every peer, and beside the memory bus: ``python -m benchmarks.compare``.
 
-One process, the contenders in turn round by round, medians; each side allocates its output, and has the same number of
-threads. Answers are compared before they are timed.
+One process for each number of threads, the contenders in turn round by round, medians; each side allocates its output
+(but for the column that says otherwise) and has the same number of threads. Peers get memory in the layout they are
+best at: torch channels-last tensors for channels-last rows, JAX arrays with the channels where the row has them.
+Answers are compared before they are timed.
+
+`limit` is what the step must move (training 3 passes over x: two reads and a write; evaluation 2; backward 5) at the
+speed of the fastest copy of the same array, which moves 2.
 """
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
-import numba
-import numpy as np
-import torch
-
-import bnarray as bn
-
-SHAPES = [(32, 64), (256, 1024), (4096, 512), (8, 16, 8, 8), (32, 64, 56, 56), (32, 256, 14, 14), (64, 3, 224, 224)]
+SMALL = [(32, 64), (256, 1024), (4096, 512), (8, 16, 8, 8), (1, 256, 3136), (32, 256, 14, 14), (32, 512, 7, 7)]
+SHAPES = [
+    *SMALL,
+    *[(100_000, 64), (32, 64, 56, 56), (64, 256, 56, 56), (64, 3, 224, 224), (8, 32, 16, 64, 64)],
+    *[(128, 2048), (2, 8192)],
+]
+STEPS = {"training": 3, "evaluation": 2, "backward": 5}
 EPS = 1e-5
+PEERS = ("torch", "torch.compile", "jax", "onnxruntime", "formula")
+
+Call = Callable[[], Any]
 
 
-def formula(x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """The textbook in NumPy, in x's dtype."""
-    mean = x.mean(axis=axes, keepdims=True)
-    return (x - mean) / np.sqrt(x.var(axis=axes, keepdims=True) + EPS)
+class Case:
+    """The arrays of one row."""
+
+    def __init__(self, shape: tuple[int, ...], channels_last: bool, dtype: str) -> None:
+        import ml_dtypes
+        import numpy as np
+
+        rng = np.random.default_rng(0)
+        kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+        self.shape, self.channels_last, self.dtype = shape, channels_last, dtype
+        drawn = (rng.normal(2, 3, shape), rng.normal(size=shape))
+        self.x, self.dy = (self._laid(each.astype(np.float32).astype(kind)) for each in drawn)
+        self.weight, self.bias = rng.normal(size=(2, shape[1])).astype(np.float32)
+        self.mean, self.var = rng.normal(2, 1, shape[1]).astype(np.float32), np.full(shape[1], 9, np.float32)
+
+    def _laid(self, x: Any) -> Any:
+        import numpy as np
+
+        return np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1) if self.channels_last else x
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        return tuple(i for i in range(len(self.shape)) if i != 1)
 
 
-def contenders(shape: tuple[int, ...], channels_last: bool, step: str) -> dict[str, Callable[[], Any]]:
-    """Return a function for each contender, which returns what it computed."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(2, 3, shape).astype(np.float32)
-    dy = rng.normal(size=shape).astype(np.float32)
-    if channels_last:
-        x, dy = (np.moveaxis(np.ascontiguousarray(np.moveaxis(each, 1, -1)), -1, 1) for each in (x, dy))
-    weight, bias = rng.normal(size=(2, shape[1])).astype(np.float32)
-    axes = tuple(i for i in range(len(shape)) if i != 1)
-    tx, tdy, tw, tb = (torch.from_numpy(each) for each in (x, dy, weight, bias))
-    stats = bn.RunningStats(shape[1])
-    mean, var = torch.zeros(shape[1]), torch.ones(shape[1])
+def ours(case: Case, step: str) -> dict[str, Call]:
+    import numpy as np
+
+    import bnarray as bn
+
+    x, dy, weight, bias = case.x, case.dy, case.weight, case.bias
+    out = np.empty_like(x)
     if step == "backward":
         _, saved = bn.batch_norm_forward(x, weight, bias)
-        leaves = [each.clone().requires_grad_() for each in (tx, tw, tb)]
-        ty = torch.nn.functional.batch_norm(leaves[0], None, None, leaves[1], leaves[2], training=True)
         return {
-            "bnarray": lambda: bn.batch_norm_backward(dy, saved)[0],
-            "torch": lambda: torch.autograd.grad(ty, leaves, tdy, retain_graph=True)[0].numpy(),
-            "copy": lambda: x.copy(order="K"),
+            "bnarray": lambda: bn.batch_norm_backward(dy, saved).x,
+            "bnarray out=": lambda: bn.batch_norm_backward(dy, saved, out=out).x,
         }
+    stats = bn.RunningStats(case.shape[1])
+    stats.load_state_dict(
+        {"running_mean": case.mean, "running_var": case.var, "count": 1, "num_updates": 1, "num_skipped": 0}
+    )
     training = step == "training"
-
-    def ours() -> np.ndarray:
-        return bn.batch_norm(x, weight, bias, stats=stats, training=training)
-
-    def theirs() -> np.ndarray:
-        return torch.nn.functional.batch_norm(tx, mean, var, tw, tb, training=training).numpy()
-
-    timed: dict[str, Callable[[], Any]] = {"bnarray": ours, "torch": theirs}
-    if training:
-        timed["formula"] = lambda: formula(x, axes)
-    return timed | {"copy": lambda: x.copy(order="K")}
+    return {
+        "bnarray": lambda: bn.batch_norm(x, weight, bias, stats=stats, training=training),
+        "bnarray out=": lambda: bn.batch_norm(x, weight, bias, stats=stats, training=training, out=out),
+    }
 
 
-def measure(timed: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Return the median time of each contender in µs, after checking that ours and torch's answers agree.
+def _tensors(case: Case) -> Any:
+    import torch
+
+    kind = getattr(torch, case.dtype)
+    tensors = []
+    for each in (case.x, case.dy):
+        wide = torch.from_numpy(each.astype("float32")).to(kind)
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        tensors.append(wide.contiguous(memory_format=formats[wide.dim()]) if case.channels_last else wide.contiguous())
+    return tensors
+
+
+def with_torch(case: Case, step: str) -> dict[str, Call]:
+    import torch
+
+    x, dy = _tensors(case)
+    weight, bias = torch.from_numpy(case.weight), torch.from_numpy(case.bias)
+    mean, var = torch.from_numpy(case.mean.copy()), torch.from_numpy(case.var.copy())
+    norm = torch.nn.functional.batch_norm
+
+    if step == "backward":
+
+        def backward(forward: Any) -> Call:
+            leaves = [each.clone().requires_grad_() for each in (x, weight, bias)]
+            y = forward(*leaves)
+            return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)[0]
+
+        def plain(x: Any, weight: Any, bias: Any) -> Any:
+            return norm(x, None, None, weight, bias, training=True, eps=EPS)
+
+        return {"torch": backward(plain), "torch.compile": backward(torch.compile(plain))}
+
+    def eager() -> Any:
+        with torch.no_grad():
+            return norm(x, mean, var, weight, bias, training=step == "training", eps=EPS)
+
+    compiled = torch.compile(lambda x: norm(x, mean, var, weight, bias, training=step == "training", eps=EPS))
+
+    def inductor() -> Any:
+        with torch.no_grad():
+            return compiled(x)
+
+    return {"torch": eager, "torch.compile": inductor}
+
+
+def with_jax(case: Case, step: str) -> dict[str, Call]:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    axis = -1 if case.channels_last else 1
+    x, dy = (jnp.asarray(np.moveaxis(each, 1, axis) if case.channels_last else each) for each in (case.x, case.dy))
+    along = [1] * x.ndim
+    along[axis] = -1
+    axes = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
+    weight, bias = jnp.asarray(case.weight), jnp.asarray(case.bias)
+
+    def forward(x: Any, weight: Any, bias: Any, mean: Any = None, var: Any = None) -> Any:
+        wide = x.astype(jnp.float32)
+        mean = wide.mean(axes) if mean is None else mean
+        var = ((wide - mean.reshape(along)) ** 2).mean(axes) if var is None else var
+        scale = (weight / jnp.sqrt(var + EPS)).reshape(along)
+        return ((wide - mean.reshape(along)) * scale + bias.reshape(along)).astype(x.dtype)
+
+    if step == "backward":
+        pull = jax.jit(lambda dy: jax.vjp(forward, x, weight, bias)[1](dy))
+        result = pull
+        arguments: tuple[Any, ...] = (dy,)
+    elif step == "training":
+
+        def train(x: Any, running_mean: Any, running_var: Any) -> Any:
+            wide = x.astype(jnp.float32)
+            mean, var = wide.mean(axes), wide.var(axes)
+            updated = 0.9 * running_mean + 0.1 * mean, 0.9 * running_var + 0.1 * var
+            return (forward(x, weight, bias, mean, var), *updated)
+
+        result, arguments = jax.jit(train), (x, jnp.asarray(case.mean), jnp.asarray(case.var))
+    else:
+        evaluate = jax.jit(lambda x, mean, var: (forward(x, weight, bias, mean, var),))
+        result, arguments = evaluate, (x, jnp.asarray(case.mean), jnp.asarray(case.var))
+
+    def call() -> Any:
+        first = jax.block_until_ready(result(*arguments))[0]
+        return jnp.moveaxis(first, axis, 1) if case.channels_last and call.checked is False else first  # type: ignore[attr-defined]  # see measure
+
+    call.checked = False  # type: ignore[attr-defined]  # a function's attribute
+    return {"jax": call}
+
+
+def with_onnxruntime(case: Case, step: str, threads: int) -> dict[str, Call]:
+    if step != "evaluation" or case.channels_last or case.dtype != "float32":
+        return {}
+    import onnx
+    import onnxruntime
+
+    names = ("weight", "bias", "mean", "var")
+    node = onnx.helper.make_node("BatchNormalization", ["x", *names], ["y"], epsilon=EPS)
+    sizes = list(case.shape)
+    inputs = [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, sizes)]
+    outputs = [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, sizes)]
+    held = [onnx.numpy_helper.from_array(getattr(case, name), name) for name in names]
+    graph = onnx.helper.make_graph([node], "batch_norm", inputs, outputs, held)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 15)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return {"onnxruntime": lambda: session.run(None, {"x": case.x})[0]}
+
+
+def formula(case: Case, step: str) -> dict[str, Call]:
+    import numpy as np
+
+    if step == "backward" or case.dtype != "float32":
+        return {}
+    x = case.x
+    along = tuple(-1 if i == 1 else 1 for i in range(x.ndim))
+    weight, bias, mean, var = (each.reshape(along) for each in (case.weight, case.bias, case.mean, case.var))
+
+    def train() -> Any:
+        m, v = x.mean(case.axes, keepdims=True), x.var(case.axes, keepdims=True)
+        return (x - m) / np.sqrt(v + EPS) * weight + bias
+
+    return {"formula": train if step == "training" else lambda: (x - mean) / np.sqrt(var + EPS) * weight + bias}
+
+
+def copies(case: Case) -> dict[str, Call]:
+    """Copies of the array into memory that is there."""
+    import numpy as np
+
+    source = _tensors(case)[0]
+    target, out = source.clone(), np.empty_like(case.x)
+    return {"copy torch": lambda: target.copy_(source), "copy numpy": lambda: np.copyto(out, case.x)}
+
+
+def _as_numpy(result: Any) -> Any:
+    import numpy as np
+
+    return np.asarray(result.detach().float() if hasattr(result, "detach") else result, np.float64)
+
+
+def measure(case: Case, step: str, threads: int, peers: tuple[str, ...], seconds: float) -> dict[str, float]:
+    """Return the median time of each contender in µs, after checking that all agree with bnarray.
 
     Loosely: torch's float32 sums leave errors of 1e-2 in a feature of three million values (channels last).
     """
-    np.testing.assert_allclose(timed["bnarray"](), timed["torch"](), rtol=2e-2, atol=2e-2)
+    import numpy as np
+
+    timed = ours(case, step) | copies(case)
+    if "torch" in peers:
+        timed |= with_torch(case, step)
+    if "jax" in peers:
+        timed |= with_jax(case, step)
+    if "onnxruntime" in peers:
+        timed |= with_onnxruntime(case, step, threads)
+    if "formula" in peers:
+        timed |= formula(case, step)
+    timed = {name: call for name, call in timed.items() if name != "torch.compile" or name in peers}
+    right = _as_numpy(timed["bnarray"]())
+    loose = 5e-2 if case.dtype == "bfloat16" else 2e-2
+    for name, call in timed.items():
+        if not name.startswith("copy"):
+            np.testing.assert_allclose(_as_numpy(call()), right, rtol=loose, atol=loose, err_msg=name)
+        if hasattr(call, "checked"):
+            call.checked = True
     times: dict[str, list[float]] = {name: [] for name in timed}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times["bnarray"]) < 5:
@@ -78,30 +256,85 @@ def measure(timed: dict[str, Callable[[], Any]], seconds: float) -> dict[str, fl
     return {name: 1e6 * statistics.median(each) for name, each in times.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each row (default 1)")
-    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
-    parser.add_argument("--json", metavar="FILE", help="write the rows there too")
-    options = parser.parse_args()
-    rows = []
-    print("| shape | layout | step | threads | bnarray µs | torch µs | formula µs | copy µs | torch / bnarray |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for shape in SHAPES:
-        for channels_last in [False, True] if len(shape) > 2 else [False]:
-            for step in ("training", "evaluation", "backward"):
-                for threads in options.threads:
-                    numba.set_num_threads(threads)
-                    torch.set_num_threads(threads)
-                    us = measure(contenders(shape, channels_last, step), options.seconds)
+def row_of(us: dict[str, float], step: str) -> dict[str, Any]:
+    """The ratios of a row."""
+    best = min((name for name in PEERS if name in us), key=us.__getitem__)
+    copy = min(us[name] for name in us if name.startswith("copy"))
+    return {
+        "us": us,
+        "best peer": best,
+        "best peer / bnarray": us[best] / us["bnarray"],
+        "bnarray out= / limit": us["bnarray out="] / (copy * STEPS[step] / 2),
+    }
+
+
+def run(options: argparse.Namespace, threads: int) -> None:
+    """Measure in this process; print a line of JSON for each row."""
+    if "torch" in options.peers:
+        import torch
+
+        torch.set_num_threads(threads)
+    for shape in options.shapes:
+        for channels_last in [False, True] if len(shape) > 3 else [False]:
+            for dtype in options.dtypes:
+                case = Case(shape, channels_last, dtype)
+                for step in options.steps:
+                    seconds = options.seconds * (1 if prod(shape) < 2**24 else 4)
+                    us = measure(case, step, threads, options.peers, seconds)
                     layout = "channels last" if channels_last or len(shape) == 2 else "channels first"
-                    rows.append({"shape": shape, "layout": layout, "step": step, "threads": threads, **us})
-                    formula_us = f"{us['formula']:.0f}" if "formula" in us else ""
-                    print(
-                        f"| {shape} | {layout} | {step} | {threads} | {us['bnarray']:.0f} | {us['torch']:.0f} | "
-                        f"{formula_us} | {us['copy']:.0f} | {us['torch'] / us['bnarray']:.2f} |",
-                        flush=True,
-                    )
+                    row = {"shape": shape, "layout": layout, "dtype": dtype, "step": step, "threads": threads}
+                    print(json.dumps(row | row_of(us, step)), flush=True)
+
+
+def table(rows: list[dict[str, Any]], peers: tuple[str, ...]) -> str:
+    """Return the rows in Markdown."""
+    columns = ["bnarray", "bnarray out=", *peers, "copy"]
+    head = ["shape", "layout", "dtype", "step", "threads", *columns, "best peer / bnarray", "out= / limit"]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        us = row["us"] | {"copy": min(row["us"][name] for name in row["us"] if name.startswith("copy"))}
+        lines.append(
+            [
+                str(tuple(row["shape"])),
+                *(str(row[name]) for name in ("layout", "dtype", "step", "threads")),
+                *(f"{us[name]:.0f}" if name in us else "" for name in columns),
+                f"{row['best peer / bnarray']:.2f} ({row['best peer']})",
+                f"{row['bnarray out= / limit']:.2f}",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each row (default 1; 4 times that for large)")
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--shapes", type=lambda text: tuple(map(int, text.split(","))), nargs="*", default=SHAPES)
+    parser.add_argument("--steps", nargs="*", default=list(STEPS), choices=list(STEPS))
+    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--json", metavar="FILE", help="write the rows there too")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker is not None:
+        run(options, options.worker)
+        return
+    rows = []
+    for threads in options.threads:
+        limits = {name: str(threads) for name in ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        one = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1" if threads == 1 else ""
+        command = [sys.executable, "-m", "benchmarks.compare", *sys.argv[1:], "--worker", str(threads)]
+        with subprocess.Popen(
+            command, env=os.environ | limits | {"XLA_FLAGS": one}, stdout=subprocess.PIPE, text=True
+        ) as worker:
+            assert worker.stdout is not None
+            for line in worker.stdout:
+                rows.append(json.loads(line))
+                print(table(rows[-1:], options.peers).splitlines()[-1], flush=True)
+        if worker.returncode:
+            raise SystemExit(worker.returncode)
+    print()
+    print(table(rows, options.peers))
     if options.json:
         with open(options.json, "w") as file:
             json.dump(rows, file, indent=1)

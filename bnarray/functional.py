@@ -401,9 +401,9 @@ def _forward(call: _Call) -> tuple[Array, Transform, Moments | None]:
     """Return (y, what was done to x, the batch's moments): what can fail first, then out, then the update."""
     verbs, stats, x = call.verbs, call.stats, call.x
     weight, bias = (None if each is None else verbs.widen(each) for each in (call.weight, call.bias))
-    y = moments = update = None
+    y = moments = invstd = update = None
     if call.training:
-        moments, y = _moments_and_output(call, weight, bias)
+        moments, invstd, y = _moments_and_output(call, weight, bias)
         if isinstance(stats, RunningStats):
             update = stats.prepare(moments)
         count, mean, m2 = moments.count, moments.mean, moments.m2
@@ -411,7 +411,8 @@ def _forward(call: _Call) -> tuple[Array, Transform, Moments | None]:
         count, mean, m2 = _given(stats)
         count = count if isinstance(count, int | float) else verbs.convert(count, x)
         mean, m2 = verbs.convert(mean, x), verbs.convert(m2, x)
-    invstd = verbs.invstd(count, m2, call.eps)
+    if invstd is None:
+        invstd = verbs.invstd(count, m2, call.eps)
     transform = Transform(call.kept, mean, invstd, weight, bias, call.relu, call.residual)
     if 0 in x.shape:
         y = verbs.empty_like(x) if call.out is None else call.out
@@ -422,11 +423,13 @@ def _forward(call: _Call) -> tuple[Array, Transform, Moments | None]:
     return y, transform, moments
 
 
-def _moments_and_output(call: _Call, weight: Array | None, bias: Array | None) -> tuple[Moments, Array | None]:
-    """The batch's moments and, where the backend finds both in one go, the output: in memory nobody has seen yet."""
+def _moments_and_output(
+    call: _Call, weight: Array | None, bias: Array | None
+) -> tuple[Moments, Array | None, Array | None]:
+    """The batch's moments and, where the backend finds all in one go, invstd and y: in memory nobody has seen yet."""
     if call.out is None and call.residual is None and call.where is None and 0 not in call.x.shape:
         fused = call.verbs.forward(call.x, call.kept, call.eps, weight, bias, call.relu)
         if fused is not None:
-            count, mean, m2, y = fused
-            return Moments.of(count, mean, m2), y
-    return _moments(call.verbs, call.x, call.kept, call.where), None
+            count, mean, m2, invstd, y = fused
+            return Moments.of(count, mean, m2), invstd, y
+    return _moments(call.verbs, call.x, call.kept, call.where), None, None

@@ -121,22 +121,22 @@ def _fused_plan(
 ) -> _Plan | None:
     """The plan for moments and output in one go, or None where two kernels are no slower.
 
-    One go wants features that stay in a core's cache, and so many that all threads have some; and tiles that moments
-    alone would have, because bits follow tiles.
+    One go wants features that stay in a core's cache and so many that all threads have some, or a small array; and
+    tiles that moments alone would have, because bits follow tiles.
     """
     alone = _plan(shape, kept, x_strides)
     joint = _plan(shape, kept, x_strides, y_strides)
     features = prod(features_shape(shape, kept))
-    stays = prod(shape) // features * item <= CACHED
-    enough = features >= MANY or prod(shape) < WORTH_SHARING
+    small = prod(shape) < WORTH_SHARING
+    stays = prod(shape) // features * item <= CACHED and features >= MANY and not alone.is_columns
     same_tiles = (joint.grid == alone.grid).all() and joint.axes[0].tolist() == alone.axes[0].tolist()
-    if alone.is_columns or not (stays and enough and same_tiles):
+    if not (small or stays) or not same_tiles:
         return None
-    return joint._replace(pieces=features if joint.pieces > 1 else 1)
+    return joint._replace(pieces=1 if small else features)
 
 
-def find_and_write(x: Memory, flat: Flat, eps: float, y: Memory) -> tuple[Vector, Vector, Vector] | None:
-    """Write the transform of x by its own moments to y and return those; None where that is no faster in one go.
+def find_and_write(x: Memory, flat: Flat, eps: float, y: Memory) -> tuple[Vector, Vector, Vector, Vector] | None:
+    """Write the transform of x by its own moments to y; return count, mean, m2, invstd; None if that is no faster.
 
     Of `flat` the mean and invstd are not read, and scale is the weight. Where float32 turns out not to do, y is written
     once more.
@@ -145,14 +145,14 @@ def find_and_write(x: Memory, flat: Flat, eps: float, y: Memory) -> tuple[Vector
     plan = _fused_plan(x.shape, flat.kept, x.strides, y.strides, np.dtype(tile_type).itemsize)
     if plan is None:
         return None
-    count, mean, m2, scale = np.empty((4, flat.bias.size))
-    owners, vectors = (x.owner, y.owner), (flat.scale, flat.bias, eps, flat.relu, count, mean, m2, scale)
-    kernel = forward.kernel(tile_type)
-    pool.run(kernel, plan.pieces, owners, plan.grid, plan.axes, x.address, y.address, x.kind, *vectors)
+    count, mean, m2, invstd, scale = np.empty((5, flat.bias.size))
+    vectors = flat.scale, flat.bias, eps, flat.relu, count, mean, m2, invstd, scale
+    kernel = forward.kernel(tile_type, plan.is_columns)
+    pool.run(kernel, plan.pieces, (x.owner, y.owner), plan.grid, plan.axes, x.address, y.address, x.kind, *vectors)
     found = flat._replace(mean=mean, scale=scale)
     if _tile_type_for(x, found, scale, scale) is not tile_type:
         write_normalized(x, found, y)
-    return count, mean, m2
+    return count, mean, m2, invstd
 
 
 def write_normalized(x: Memory, flat: Flat, y: Memory) -> None:

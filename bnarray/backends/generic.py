@@ -257,8 +257,8 @@ def normalize(x: Array, transform: Transform, out: Array | None) -> Array:
 
 def forward(
     x: Array, kept: tuple[int, ...], eps: float, weight: Array | None, bias: Array | None, relu: bool
-) -> tuple[Count, Array, Array, Array] | None:
-    """Return (count, mean, m2, y) of a training step into new memory, or None where that is no faster in one go."""
+) -> tuple[Count, Array, Array, Array, Array] | None:
+    """Return (count, mean, m2, invstd, y) of a training step into new memory; None if that is no faster."""
     return None
 
 

@@ -61,7 +61,8 @@ def _where(x: ndarray, where: ndarray | None) -> Memory | None:
 
 
 def _flat(of_features: ndarray) -> Vector:
-    return np.ascontiguousarray(of_features, np.float64).reshape(-1)
+    vector = np.ascontiguousarray(of_features, np.float64)
+    return vector if vector.ndim == 1 else vector.reshape(-1)
 
 
 def _counts(count: Count) -> Vector:
@@ -234,15 +235,15 @@ def _flat_transform(transform: Transform) -> Flat:
 
 def forward(
     x: ndarray, kept: tuple[int, ...], eps: float, weight: ndarray | None, bias: ndarray | None, relu: bool
-) -> tuple[Count, ndarray, ndarray, ndarray] | None:
+) -> tuple[Count, ndarray, ndarray, ndarray, ndarray] | None:
     shape, y = features_shape(x.shape, kept), empty_like(x)
     unit = np.ones(shape)
     flat = _flat_transform(Transform(kept, unit, unit, weight, bias, relu, None))
     found = _strided.find_and_write(_memory(x), flat, eps, _memory(y))
     if found is None:
         return None
-    count, mean, m2 = found
-    return x.size // count.size, mean.reshape(shape), m2.reshape(shape), y
+    count, mean, m2, invstd = found
+    return x.size // count.size, mean.reshape(shape), m2.reshape(shape), invstd.reshape(shape), y
 
 
 def normalize(x: ndarray, transform: Transform, out: ndarray | None) -> ndarray:

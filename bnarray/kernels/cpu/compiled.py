@@ -106,4 +106,4 @@ class Kernel:
         return self._compiled
 
     def __call__(self, *arguments: Any) -> Any:
-        return self.compiled(*arguments)
+        return (self._compiled or self.compiled)(*arguments)

@@ -143,7 +143,7 @@ def _fold_weighted_rows(tile, weights, rows, columns, like, count, shift, offset
 
 
 @machinery
-def _fold_columns(tile, rows, columns, like, count, shift, offset, m2, sums):
+def fold_columns(tile, rows, columns, like, count, shift, offset, m2, sums):
     """Merge a tile of many features into the features' moments."""
     center, drift, square = sums[0, :columns], sums[1, :columns], sums[2, :columns]
     n = np.float64(rows)
@@ -171,7 +171,7 @@ def _fold_weighted_columns(tile, weights, rows, columns, like, count, shift, off
 @cache
 def kernel(dtype, is_columns, weighted):
     """Make the kernel that leaves (count, shift, offset, m2) of each group of chunks in rows of its last arguments."""
-    fold = _fold_columns if is_columns else fold_rows
+    fold = fold_columns if is_columns else fold_rows
     fold_weighted = _fold_weighted_columns if is_columns else _fold_weighted_rows
 
     like = dtype(0)
@@ -206,7 +206,9 @@ def merge_into(c, count, shift, offset, m2, n, other_shift, other_offset, other_
     count[c], offset[c], m2[c] = merge_scalars(count[c], offset[c], m2[c], n, other_offset, other_m2)
 
 
-def _merge_groups(count, shift, offset, m2, mean):
+@machinery
+def merge_all(count, shift, offset, m2, mean):
+    """Merge the groups in order into the first row, and round the mean."""
     for c in range(mean.size):
         into = count[0], shift[0], offset[0], m2[0]
         for group in range(1, count.shape[0]):
@@ -214,5 +216,8 @@ def _merge_groups(count, shift, offset, m2, mean):
         mean[c] = shift[0, c] + offset[0, c]
 
 
-#: Merges the groups in order into the first row, and rounds the mean.
+def _merge_groups(count, shift, offset, m2, mean):
+    merge_all(count, shift, offset, m2, mean)
+
+
 merge_groups = Kernel("merge_groups", types.void(partials, partials, partials, partials, results), _merge_groups)

@@ -43,7 +43,7 @@ def _rows_onto(x_tile, r_tile, y_tile, rows, columns, like, of, relu):
 
 
 @mapping
-def _columns(x_tile, y_tile, rows, columns, like, of, relu):
+def normalize_columns(x_tile, y_tile, rows, columns, like, of, relu):
     center, low, rest, scale, bias = of
     lowest = of[0].dtype.type(0.0 if relu else -np.inf)
     for row in range(rows):
@@ -68,7 +68,7 @@ def _columns_onto(x_tile, r_tile, y_tile, rows, columns, like, of, relu):
 @cache
 def kernel(dtype, is_columns, onto):
     """Make the kernel for tiles of one dtype; `onto` a residual or not."""
-    apply = _columns if is_columns else normalize_rows
+    apply = normalize_columns if is_columns else normalize_rows
     apply_onto = _columns_onto if is_columns else _rows_onto
     like = dtype(0)
 

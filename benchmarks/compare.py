@@ -96,6 +96,7 @@ def _tensors(case: Case) -> Any:
 
 def with_torch(case: Case, step: str) -> dict[str, Call]:
     import torch
+    import torch._functorch.config
 
     x, dy = _tensors(case)
     weight, bias = torch.from_numpy(case.weight), torch.from_numpy(case.bias)
@@ -103,6 +104,7 @@ def with_torch(case: Case, step: str) -> dict[str, Call]:
     norm = torch.nn.functional.batch_norm
 
     if step == "backward":
+        torch._functorch.config.donated_buffer = False  # the graph is kept, to go through it again
 
         def backward(forward: Any) -> Call:
             leaves = [each.clone().requires_grad_() for each in (x, weight, bias)]

@@ -18,7 +18,6 @@ import numpy.typing as npt
 
 from bnarray.dispatch import backend
 from bnarray.formats import (
-    Cut,
     Path,
     Region,
     Source,
@@ -41,7 +40,7 @@ _Array: TypeAlias = npt.NDArray[Any]
 # Elements of a unit: small enough that a core keeps it in cache, large enough that a call on it costs little beside.
 UNIT = 2**18
 
-# Blocks in memory at a time: one being read, one worked on, one being written, and what conversions take.
+# Blocks in memory at a time: one being read, one worked on, its result, and one being written.
 _BLOCKS = 4
 
 _FLOATS = "float16, float32 or float64"
@@ -344,6 +343,12 @@ class _Job:
             raise TypeError(f"{mask.name} has dtype {mask.dtype}; it should be boolean (a mask) or floating (weights)")
 
     @property
+    def largest(self) -> int:
+        """Elements of a whole block."""
+        axis, step = self.chunk
+        return min([step, *self.source.shape[axis : axis + 1]]) * prod(self.source.shape[axis + 1 :])
+
+    @property
     def features(self) -> tuple[int, ...]:
         """The features' shape, in the order of axes."""
         shape = features_shape(self.source.shape, self.kept)
@@ -402,15 +407,12 @@ def _part_of(mask: _Array, part: Region) -> _Array:
 
 
 def _blocks(job: _Job) -> Iterator[_Block]:
-    """Read block after block, the next one while the caller works on this one. A block is good for two more turns."""
+    """Read block after block, the next one while the caller works on this one."""
     ahead = regions(job.source.shape, job.chunk)
-    size = prod(
-        min(each, n) for each, n in zip(_lengths_of(job.chunk, job.source.shape), job.source.shape, strict=True)
-    )
-    buffers = np.empty((3, size), job.source.dtype)
+    buffers = np.empty((2, job.largest), job.source.dtype)
 
     def read(region: Region, turn: int) -> _Block:
-        values, mask = job.source.read(region, buffers[turn % 3]), None
+        values, mask = job.source.read(region, buffers[turn % 2]), None
         if job.mask is not None:
             own = _within(job.mask.shape, region)
             weights = np.empty(prod(lengths(own)), job.mask.dtype)
@@ -424,10 +426,6 @@ def _blocks(job: _Job) -> Iterator[_Block]:
             coming = None if region is None else reader.submit(read, region, turn)
             if block is not None:
                 yield block
-
-
-def _lengths_of(cut: Cut, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(1 if i < cut.axis else cut.step if i == cut.axis else size for i, size in enumerate(shape))
 
 
 def _sums(job: _Job, steps: _Steps) -> Moments:
@@ -483,9 +481,9 @@ def _write(
     of_x, of_y = _Sums(job), _Sums(job)
     with ThreadPoolExecutor(1, thread_name_prefix="bnarray-write") as writer:
         writing: Future[None] | None = None
-        for block in _blocks(job):
-            same = block.values.dtype == job.written
-            result = block.values if same else np.empty(block.values.shape, job.written)
+        results = np.empty((2, job.largest), job.written)
+        for turn, block in enumerate(_blocks(job)):
+            result = results[turn % 2, : block.values.size].reshape(block.values.shape)
 
             def work(
                 unit: tuple[Region, Region], block: _Block = block, result: _Array = result
@@ -494,10 +492,11 @@ def _write(
                 x, y = at(block.values, part).astype(job.computed, copy=False), at(result, part)
                 found = block.moments(x, part, job) if before is None else None
                 given = Moments(1, mean[features], var[features])
-                batch_norm(x, stats=given, training=False, axis=job.kept, eps=eps, out=x)
-                if y.dtype != x.dtype or not np.may_share_memory(x, y):
+                if y.dtype == x.dtype:
+                    batch_norm(x, stats=given, training=False, axis=job.kept, eps=eps, out=y)
+                else:
                     with np.errstate(over="ignore"):  # beyond float16 is infinity
-                        y[...] = x
+                        y[...] = batch_norm(x, stats=given, training=False, axis=job.kept, eps=eps)
                 return found, block.moments(y, part, job)
 
             units = list(block.units(job))

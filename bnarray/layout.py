@@ -5,9 +5,12 @@ has them, and neighbours that memory does not tell apart are joined. What remain
 small enough for the nearest cache, in one of two families:
 
 - *rows*: the fastest axis is a reduced one (channels-first, Fortran order): a tile holds values of one feature;
-- *columns*: the fastest axis is a kept one (channels-last, (N, C)): a tile holds rows of many features.
+- *columns*: the fastest axis is a kept one (channels-last, (N, C)): a tile holds rows of many features;
+- *lines*: as rows, but each line of a tile is of another feature. For element-wise work, which does not need a
+  feature's values together, so that memory is walked in its own order.
 
-In both, a tile goes `down` the last outer axis and `across` the fastest one; all other axes only locate tiles. Every
+A tile goes `across` the fastest axis and `down` another one: the last outer one, or (lines) the last feature axis. All
+other axes only locate tiles. Every
 decision depends on shapes, axes and strides alone, never on threads or addresses: a result's bits do not either.
 """
 
@@ -28,6 +31,9 @@ PIECES = 256  # and not many more pieces than this
 GROUP = 256  # values of a feature merged in order, at least: partial results stay small beside x
 
 
+ROWS, COLUMNS, LINES = range(3)
+
+
 class Axis(NamedTuple):
     """A joined axis: its size, and the bytes between its elements in each operand."""
 
@@ -38,7 +44,7 @@ class Axis(NamedTuple):
 class Tiling(NamedTuple):
     """How a layout is cut: `chunks` of the reduced axes × `spans` of features, grouped into pieces for threads."""
 
-    is_columns: bool
+    family: int
     depth: int  # of a tile, down
     width: int  # of a tile, across
     chunks: int
@@ -63,10 +69,11 @@ class Tiling(NamedTuple):
 class Layout:
     """Some operands of one shape, seen alike: outer axes and `inner` are reduced, `features` are kept.
 
-    In the columns family `inner` is the fastest kept axis instead, and `features` are the other ones.
+    In the columns family `inner` is the fastest kept axis instead, and `features` are the other ones; in the lines
+    family `outer` ends with the last kept axis.
     """
 
-    is_columns: bool
+    family: int
     outer: tuple[Axis, ...]
     features: tuple[Axis, ...]
     inner: Axis
@@ -79,7 +86,7 @@ class Layout:
         """Cut into tiles; depends on sizes alone."""
         chunks = prod(axis.size for axis in self.outer[:-1])
         spans = prod(axis.size for axis in self.features)
-        if self.is_columns:
+        if self.family == COLUMNS:
             width = _even(self.inner.size, WIDEST)
             depth = _even(self.down.size, max(8, min(256, TILE // width)))
             spans *= ceil(self.inner.size / width)
@@ -87,12 +94,15 @@ class Layout:
             width = _even(self.inner.size, ROW_TILE)
             depth = _even(self.down.size, max(1, ROW_TILE // width))
             chunks *= ceil(self.inner.size / width)
-        chunks *= ceil(self.down.size / depth)
+        if self.family == LINES:
+            spans *= ceil(self.down.size / depth)
+        else:
+            chunks *= ceil(self.down.size / depth)
         piece = max(1, max(PIECE, chunks * spans * depth * width // PIECES) // (depth * width))
         spans_per_block = min(spans, piece)
-        values = depth if self.is_columns else depth * width
+        values = depth if self.family == COLUMNS else depth * width
         chunks_per_group = min(chunks, max(ceil(GROUP / values), piece // spans_per_block))
-        return Tiling(self.is_columns, depth, width, chunks, spans, chunks_per_group, spans_per_block)
+        return Tiling(self.family, depth, width, chunks, spans, chunks_per_group, spans_per_block)
 
 
 def _even(size: int, most: int) -> int:
@@ -114,7 +124,9 @@ def _join(axes: Sequence[Axis]) -> list[Axis]:
 
 
 @lru_cache(maxsize=4096)
-def layout(shape: tuple[int, ...], kept: tuple[int, ...], *strides: tuple[int, ...]) -> Layout:
+def layout(
+    shape: tuple[int, ...], kept: tuple[int, ...], *strides: tuple[int, ...], element_wise: bool = False
+) -> Layout:
     """Lay out operands of one non-empty shape; the first operand's strides decide the order.
 
     Parameters
@@ -125,6 +137,8 @@ def layout(shape: tuple[int, ...], kept: tuple[int, ...], *strides: tuple[int, .
         The feature axes, ascending.
     strides
         For each operand the bytes between elements along each axis.
+    element_wise
+        Whether nothing is summed.
     """
     still = Axis(1, (0,) * len(strides))
     axes = [Axis(size, tuple(each[i] for each in strides)) for i, size in enumerate(shape)]
@@ -136,9 +150,12 @@ def layout(shape: tuple[int, ...], kept: tuple[int, ...], *strides: tuple[int, .
     if features and features[-1].size >= FEW_FEATURES:
         fastest = abs(features[-1].strides[0])
         if not reduced or 0 < fastest < (abs(reduced[-1].strides[0]) or float("inf")):
-            return Layout(True, tuple(reduced) or (still,), tuple(features[:-1]), features[-1])
+            return Layout(COLUMNS, tuple(reduced) or (still,), tuple(features[:-1]), features[-1])
     inner = reduced.pop() if reduced else still
-    return Layout(False, tuple(reduced) or (still,), tuple(features), inner)
+    if element_wise:
+        last = features.pop() if features else still
+        return Layout(LINES, (*reduced, last), tuple(features), inner)
+    return Layout(ROWS, tuple(reduced) or (still,), tuple(features), inner)
 
 
 def kept_axes(axis: object, ndim: int) -> tuple[int, ...]:

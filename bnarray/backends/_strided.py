@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from bnarray.kernels.cpu import coefficients, forward, gate, grad_input, grad_sums, memory, moments, normalize, pool
 from bnarray.kernels.cpu.memory import NOWHERE
-from bnarray.layout import features_shape, layout
+from bnarray.layout import COLUMNS, features_shape, layout
 
 Vector: TypeAlias = npt.NDArray[np.float64]
 
@@ -56,18 +56,26 @@ class Flat(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    is_columns: bool
+    family: int
     groups: int
     pieces: int  # for threads to share; 1 where that is not worth it
     grid: npt.NDArray[np.int64]
     axes: npt.NDArray[np.int64]
 
+    @property
+    def is_columns(self) -> bool:
+        return self.family == COLUMNS
+
 
 @lru_cache(maxsize=4096)
 def _plan(
-    shape: tuple[int, ...], kept: tuple[int, ...], *strides: tuple[int, ...], guide: tuple[tuple[int, ...], ...] = ()
+    shape: tuple[int, ...],
+    kept: tuple[int, ...],
+    *strides: tuple[int, ...],
+    guide: tuple[tuple[int, ...], ...] = (),
+    element_wise: bool = False,
 ) -> _Plan:
-    seen = layout(shape, kept, *guide, *strides)
+    seen = layout(shape, kept, *guide, *strides, element_wise=element_wise)
     tiling = seen.tiling()
     columns = (seen.down, seen.inner, *seen.outer[:-1], *seen.features)
     steps = zip(*(axis.strides[len(guide) :] for axis in columns), strict=True)
@@ -76,14 +84,14 @@ def _plan(
     features_at = 1 + len(seen.outer)
     grid = np.array(
         [
-            *(tiling.is_columns, depth, width, depth * width),
+            *(tiling.family, depth, width, depth * width),
             *(tiling.chunks, tiling.spans, tiling.chunks_per_group, tiling.spans_per_block),
             *(tiling.blocks, tiling.pieces, features_at),
         ],
         np.int64,
     )
     pieces = tiling.pieces if prod(shape) >= WORTH_SHARING else 1
-    return _Plan(tiling.is_columns, tiling.groups, pieces, grid, axes)
+    return _Plan(tiling.family, tiling.groups, pieces, grid, axes)
 
 
 def _tile_type(x: Memory) -> Any:
@@ -158,7 +166,7 @@ def find_and_write(x: Memory, flat: Flat, eps: float, y: Memory) -> tuple[Vector
 def write_normalized(x: Memory, flat: Flat, y: Memory) -> None:
     """Write the transform of x to y."""
     added = flat.residual or x
-    plan = _plan(x.shape, flat.kept, x.strides, y.strides, added.strides)
+    plan = _plan(x.shape, flat.kept, x.strides, y.strides, added.strides, element_wise=True)
     in_place = y.address in (x.address, added.address)
     kernel = normalize.kernel(
         _tile_type_for(x, flat, flat.scale, flat.scale), plan.is_columns, flat.residual is not None
@@ -196,7 +204,7 @@ def write_grad_input(
     """
     statistics = grad_input.CONSTANT if slopes is None else grad_input.BATCH if where is None else grad_input.WEIGHTED
     operands = [each or x for each in (dy, dx, where, flat.residual, dresidual)]
-    plan = _plan(x.shape, flat.kept, x.strides, *(each.strides for each in operands))
+    plan = _plan(x.shape, flat.kept, x.strides, *(each.strides for each in operands), element_wise=True)
     common, slope = (flat.scale, flat.scale) if slopes is None else slopes
     tile_type = np.float64 if statistics == grad_input.WEIGHTED else _tile_type_for(x, flat, common, slope)
     kernel = grad_input.kernel(tile_type, plan.is_columns, flat.gate, statistics)

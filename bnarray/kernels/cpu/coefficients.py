@@ -38,6 +38,14 @@ def of_features(vectors, first, last):
     return center[first:last], low[first:last], rest[first:last], scale[first:last], bias[first:last]
 
 
+@machinery
+def of_line(vectors, row):
+    """The numbers of the feature that a line belongs to: one for all lines of the tile, or one for each."""
+    center, low, rest, scale, bias = vectors
+    c = row if center.size > 1 else 0
+    return center[c], low[c], rest[c], scale[c], bias[c]
+
+
 def _fit_single(mean, bias, scale, common, slope):
     """Whether tiles of float32 do for all features: terms not too large, factors not too small either."""
     fit = True

@@ -5,6 +5,7 @@
 z is computed again as `normalize` did, which costs no memory traffic: x is read anyway. dz is a flat tile.
 """
 
+from bnarray.kernels.cpu.coefficients import of_line
 from bnarray.kernels.cpu.compiled import mapping
 from bnarray.kernels.cpu.memory import line
 
@@ -14,8 +15,8 @@ OPEN, RELU, RELU_ONTO = range(3)
 
 @mapping
 def gate_rows(dy_tile, x_tile, dz, rows, columns, like, of):
-    center, low, rest, scale, bias = of[0][0], of[1][0], of[2][0], of[3][0], of[4][0]
     for row in range(rows):
+        center, low, rest, scale, bias = of_line(of, row)
         x, dy = line(x_tile[0], x_tile[1], row, columns, like), line(dy_tile[0], dy_tile[1], row, columns, like)
         passed = dz[row * columns : (row + 1) * columns]
         for i in range(x.size):
@@ -25,8 +26,8 @@ def gate_rows(dy_tile, x_tile, dz, rows, columns, like, of):
 
 @mapping
 def gate_rows_onto(dy_tile, x_tile, r_tile, dz, rows, columns, like, of):
-    center, low, rest, scale, bias = of[0][0], of[1][0], of[2][0], of[3][0], of[4][0]
     for row in range(rows):
+        center, low, rest, scale, bias = of_line(of, row)
         x, dy = line(x_tile[0], x_tile[1], row, columns, like), line(dy_tile[0], dy_tile[1], row, columns, like)
         residual, passed = line(r_tile[0], r_tile[1], row, columns, like), dz[row * columns : (row + 1) * columns]
         for i in range(x.size):

@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 from numba import types
 
-from bnarray.kernels.cpu.coefficients import coefficients, of_features
+from bnarray.kernels.cpu.coefficients import coefficients, of_features, of_line
 from bnarray.kernels.cpu.compiled import Kernel, counter, flag, index, indices, mapping, table, vector
 from bnarray.kernels.cpu.gate import (
     OPEN,
@@ -34,8 +34,8 @@ CONSTANT, BATCH, WEIGHTED = range(3)
 
 @mapping
 def _constant_rows(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
-    scale = of[3][0]
     for row in range(rows):
+        scale = of_line(of, row)[3]
         dz, dx = line(dz_tile[0], dz_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
         for i in range(dz.size):
             dx[i] = scale * dz[i]
@@ -43,9 +43,9 @@ def _constant_rows(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, co
 
 @mapping
 def _batch_rows(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
-    center, low, rest, scale = of[0][0], of[1][0], of[2][0], of[3][0]
-    mean_dz, steep = common[0], slope[0]
     for row in range(rows):
+        center, low, rest, scale, _ = of_line(of, row)
+        mean_dz, steep = common[row], slope[row]
         dz, dx = line(dz_tile[0], dz_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
         x = line(x_tile[0], x_tile[1], row, columns, like)
         for i in range(dz.size):
@@ -55,8 +55,9 @@ def _batch_rows(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, commo
 
 @mapping
 def _weighted_rows(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
-    center, scale, mean_dz, steep = of[0][0], of[3][0], common[0], slope[0]
     for row in range(rows):
+        center, _, _, scale, _ = of_line(of, row)
+        mean_dz, steep = common[row], slope[row]
         dz, dx = line(dz_tile[0], dz_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
         x, w = line(x_tile[0], x_tile[1], row, columns, like), line(w_tile[0], w_tile[1], row, columns, 0.0)
         for i in range(dz.size):

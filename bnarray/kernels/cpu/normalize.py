@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 from numba import types
 
-from bnarray.kernels.cpu.coefficients import coefficients, of_features
+from bnarray.kernels.cpu.coefficients import coefficients, of_features, of_line
 from bnarray.kernels.cpu.compiled import Kernel, counter, flag, index, indices, mapping, table, vector
 from bnarray.kernels.cpu.memory import line, load, store, target
 from bnarray.kernels.cpu.walk import TILE, address_of, steps_of, tiles
@@ -21,9 +21,9 @@ from bnarray.kernels.cpu.walk import TILE, address_of, steps_of, tiles
 
 @mapping
 def normalize_rows(x_tile, y_tile, rows, columns, like, of, relu):
-    center, low, rest, scale, bias = of[0][0], of[1][0], of[2][0], of[3][0], of[4][0]
     lowest = of[0].dtype.type(0.0 if relu else -np.inf)
     for row in range(rows):
+        center, low, rest, scale, bias = of_line(of, row)
         x, y = line(x_tile[0], x_tile[1], row, columns, like), line(y_tile[0], y_tile[1], row, columns, like)
         for i in range(x.size):
             z = (((x[i] - center) - low) - rest) * scale + bias
@@ -32,9 +32,9 @@ def normalize_rows(x_tile, y_tile, rows, columns, like, of, relu):
 
 @mapping
 def _rows_onto(x_tile, r_tile, y_tile, rows, columns, like, of, relu):
-    center, low, rest, scale, bias = of[0][0], of[1][0], of[2][0], of[3][0], of[4][0]
     lowest = of[0].dtype.type(0.0 if relu else -np.inf)
     for row in range(rows):
+        center, low, rest, scale, bias = of_line(of, row)
         x, y = line(x_tile[0], x_tile[1], row, columns, like), line(y_tile[0], y_tile[1], row, columns, like)
         residual = line(r_tile[0], r_tile[1], row, columns, like)
         for i in range(x.size):

@@ -10,9 +10,12 @@ from bnarray.kernels.cpu.compiled import machinery
 from bnarray.kernels.cpu.pool import take
 
 # fmt: off
-(COLUMNS, DEPTH, WIDTH, TILE, CHUNKS, SPANS, CHUNKS_PER_GROUP, SPANS_PER_BLOCK, BLOCKS, PIECES, FEATURES_AT) = range(11)
+(FAMILY, DEPTH, WIDTH, TILE, CHUNKS, SPANS, CHUNKS_PER_GROUP, SPANS_PER_BLOCK, BLOCKS, PIECES, FEATURES_AT) = range(11)
 # fmt: on
 DOWN, ACROSS, OUTER_AT = range(3)
+
+#: How tiles lie to features, as in `layout`.
+ROWS, COLUMNS, LINES = range(3)
 
 
 @machinery
@@ -25,24 +28,33 @@ def _place_along(axes, first, last, number, place):
 
 @machinery
 def place_chunk(grid, axes, chunk, place):
-    """Place the chunk along the reduced axes; return the tile's rows."""
-    if not grid[COLUMNS]:
+    """Place the chunk along the reduced axes; return the tile's rows (of the lines family the span knows them)."""
+    if grid[FAMILY] != COLUMNS:
         parts = (axes[0, ACROSS] + grid[WIDTH] - 1) // grid[WIDTH]
         chunk, part = divmod(chunk, parts)
         place[ACROSS] = part * grid[WIDTH]
-    steps = (axes[0, DOWN] + grid[DEPTH] - 1) // grid[DEPTH]
-    lead, step = divmod(chunk, steps)
-    place[DOWN] = step * grid[DEPTH]
-    _place_along(axes, OUTER_AT, grid[FEATURES_AT], lead, place)
+    if grid[FAMILY] != LINES:
+        steps = (axes[0, DOWN] + grid[DEPTH] - 1) // grid[DEPTH]
+        chunk, step = divmod(chunk, steps)
+        place[DOWN] = step * grid[DEPTH]
+    _place_along(axes, OUTER_AT, grid[FEATURES_AT], chunk, place)
     return min(grid[DEPTH], axes[0, DOWN] - place[DOWN])
 
 
 @machinery
 def place_span(grid, axes, span, place):
     """Place the span along the kept axes; return the tile's columns and its features from first to last."""
-    if not grid[COLUMNS]:
+    if grid[FAMILY] == ROWS:
         _place_along(axes, grid[FEATURES_AT], axes.shape[1], span, place)
         return min(grid[WIDTH], axes[0, ACROSS] - place[ACROSS]), span, span + 1
+    if grid[FAMILY] == LINES:
+        steps = (axes[0, DOWN] + grid[DEPTH] - 1) // grid[DEPTH]
+        lead, step = divmod(span, steps)
+        place[DOWN] = step * grid[DEPTH]
+        _place_along(axes, grid[FEATURES_AT], axes.shape[1], lead, place)
+        first = lead * axes[0, DOWN] + place[DOWN]
+        rows = min(grid[DEPTH], axes[0, DOWN] - place[DOWN])
+        return min(grid[WIDTH], axes[0, ACROSS] - place[ACROSS]), first, first + rows
     parts = (axes[0, ACROSS] + grid[WIDTH] - 1) // grid[WIDTH]
     lead, part = divmod(span, parts)
     place[ACROSS] = part * grid[WIDTH]
@@ -79,5 +91,7 @@ def tiles(counter, grid, axes):
             rows = place_chunk(grid, axes, chunk, place)
             for span in range(first_span, min(first_span + grid[SPANS_PER_BLOCK], grid[SPANS])):
                 columns, first, last = place_span(grid, axes, span, place)
+                if grid[FAMILY] == LINES:
+                    rows = last - first
                 yield group, rows, columns, first, last, place
         piece = take(counter)

@@ -1,7 +1,7 @@
 """What float64 arithmetic costs on float32 data, on one core: ``python -m benchmarks.arithmetic``.
 
 The loops of a tile's sums and of normalisation in either precision, in turn, medians; and how far off a float32 sum of
-equal squares is. It is why the CPU kernels compute in float64.
+equal squares is. It is why the CPU kernels sum in float64.
 """
 
 import statistics

@@ -240,6 +240,12 @@ def tile_of(buffer, columns):
 
 
 @machinery
+def _evenly(down, across, rows, columns):
+    """Lines, and their length, to copy; one line if all steps are the same."""
+    return (1, rows * columns) if down == columns * across else (rows, columns)
+
+
+@machinery
 def load(address, steps, rows, columns, kind, buffer):
     """The tile of rows × columns elements at the address, `steps` = (down, across) bytes apart.
 
@@ -248,8 +254,9 @@ def load(address, steps, rows, columns, kind, buffer):
     down, across = steps
     if _is_tile(address, steps, columns, kind, buffer):
         return address, down
-    for row in range(rows):
-        _read(address + row * down, across, kind, buffer[row * columns : (row + 1) * columns])
+    lines, size = _evenly(down, across, rows, columns)
+    for row in range(lines):
+        _read(address + row * down, across, kind, buffer[row * size : (row + 1) * size])
     return tile_of(buffer, columns)
 
 
@@ -270,5 +277,6 @@ def store(address, steps, rows, columns, kind, buffer, at):
     down, across = steps
     if at == address:
         return
-    for row in range(rows):
-        _write(buffer[row * columns : (row + 1) * columns], address + row * down, across, kind)
+    lines, size = _evenly(down, across, rows, columns)
+    for row in range(lines):
+        _write(buffer[row * size : (row + 1) * size], address + row * down, across, kind)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from itertools import chain
 from math import prod
 from shutil import disk_usage
@@ -311,7 +312,7 @@ class _Job:
         workers: ThreadPoolExecutor,
         any_dtype: bool = False,
     ) -> None:
-        self.source, self.mask, self.workers = source, mask, workers
+        self.source, self.workers = source, workers
         ndim = len(source.shape)
         try:
             kept = kept_axes(axis, ndim)
@@ -320,14 +321,14 @@ class _Job:
         self.kept = tuple(sorted(ndim - 1 - i for i in kept)) if source.is_fortran else kept
         self.computed, self.written = _working_dtype(source, dtype, any_dtype)
         self.size = prod(source.shape) * source.dtype.itemsize
-        if mask is not None:
-            self._check_mask(mask)
+        self.mask = None if mask is None else self._checked_mask(mask)
         widest = max(source.dtype.itemsize, self.computed.itemsize, self.written.itemsize)
         most = int(checked_number(chunk_mb, "chunk_mb") * 2**20) // (_BLOCKS * widest)
         self.unit = cut(source.shape, UNIT)
         self.chunk = cut(source.shape, max(most, UNIT), self.unit)
 
-    def _check_mask(self, mask: Source) -> None:
+    def _checked_mask(self, mask: Source) -> Source:
+        """The mask with its axes in the source's order."""
         shape, several = self.source.shape, sum(size > 1 for size in mask.shape) > 1
         if several and mask.is_fortran != self.source.is_fortran:
             raise ValueError(
@@ -336,11 +337,13 @@ class _Job:
         if len(mask.shape) < len(shape) and self.source.is_fortran:
             raise ValueError(f"{mask.name} has shape {mask.shape}; give it {len(shape)} axes, some of size 1")
         if not mask.is_fortran and self.source.is_fortran:  # one axis at most is longer than 1: any order will do
+            mask = copy(mask)
             mask.shape = mask.shape[::-1]
         if not broadcasts(mask.shape, shape):
             raise ValueError(f"{mask.name} has shape {mask.shape}, which does not broadcast to {shape}")
         if mask.dtype.kind not in "bf" or mask.dtype.itemsize > 8:
             raise TypeError(f"{mask.name} has dtype {mask.dtype}; it should be boolean (a mask) or floating (weights)")
+        return mask
 
     @property
     def largest(self) -> int:

@@ -140,6 +140,16 @@ def test_archive(tmp_path: Path, save: Callable[..., None]) -> None:
             bn.file_moments(tmp_path / "x.npz", **wrong)
 
 
+def test_one_mask_for_members_of_either_order(tmp_path: Path) -> None:
+    x, where = _data((500, 6)), np.arange(500)[:, None] % 2 > 0
+    np.savez(tmp_path / "x.npz", a=np.asfortranarray(x), b=x, c=np.asfortranarray(x))
+    np.save(tmp_path / "where.npy", where)
+    bn.normalize_file(tmp_path / "x.npz", tmp_path / "y.npz", where=tmp_path / "where.npy")
+    with np.load(tmp_path / "y.npz") as y:
+        for name in "abc":
+            np.testing.assert_allclose(y[name], bn.batch_norm(x, where=where), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_zarr(tmp_path: Path, order: Any) -> None:
     zarr = pytest.importorskip("zarr", reason="zarr is not installed: zarr arrays are not verified")

@@ -27,7 +27,7 @@ def kernels(shape: tuple[int, ...], kept: tuple[int, ...], dtype: Any) -> dict[s
     """By file name, the passes over x that it counts, and a call of it."""
     rng = np.random.default_rng(0)
     x, dy = (rng.normal(size=shape).astype(np.float32).astype(dtype) for _ in range(2))
-    y = np.empty_like(x)
+    y = np.empty_like(verbs.check(x, "x"))
     features = shape[kept[0]]
     mean, invstd = np.zeros(features), np.ones(features)
     transform = Transform(kept, mean, invstd, None, None, False, None)

@@ -55,7 +55,11 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--member", metavar="NAME", help="the member of an .npz archive")
     command.add_argument(
-        "--chunk-mb", type=_above_zero, default=64, metavar="MB", help="memory for blocks (default 64, at least 8)"
+        "--chunk-mb",
+        type=_above_zero,
+        default=64,
+        metavar="MB",
+        help="memory for blocks (default 64; 8 to 16 are needed)",
     )
     command.add_argument("--force", action="store_true", help="replace files that exist")
 

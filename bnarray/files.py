@@ -1,47 +1,40 @@
 """Normalise and measure arrays in files larger than memory.
 
-An array is cut into units of a fixed number of elements, in the order of memory. Statistics are those of the units,
-merged in order; so they do not depend on how many units are in memory at a time.
+An array is cut into units of a fixed number of elements, in the order of memory. A thread reads a unit, works on it and
+writes it while a core's cache holds it; statistics are merged in the units' order, so they do not depend on how many
+units are in memory at a time.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from copy import copy
-from itertools import chain
 from math import prod
+from queue import SimpleQueue
 from shutil import disk_usage
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from bnarray.dispatch import backend
-from bnarray.formats import (
-    Path,
-    Region,
-    Source,
-    at,
-    created,
-    cut,
-    is_zarr,
-    kind_of_output,
-    lengths,
-    opened,
-    regions,
-)
+from bnarray.formats import Path, Region, Sink, Source, created, cut, is_zarr, kind_of_output, lengths, opened, regions
 from bnarray.functional import batch_norm, moments
+from bnarray.kernels.cpu.pool import threads
 from bnarray.layout import broadcasts, features_shape, kept_axes, varies_along
 from bnarray.stats import Moments, RunningStats, checked_number
 
 Progress: TypeAlias = Callable[[int, int], None]
 _Array: TypeAlias = npt.NDArray[Any]
+_Result = TypeVar("_Result")
 
-# Elements of a unit: small enough that a core keeps it in cache, large enough that a call on it costs little beside.
-UNIT = 2**18
+# Elements of a unit: small enough that a core keeps it in cache, large enough that what a call costs disappears (4 GB
+# of float32 in units of a million elements, a half, a quarter, an eighth: 3.9, 3.7, 5.6, 7.8 s).
+UNIT = 2**19
 
-# Blocks in memory at a time: one being read, one worked on, its result, and one being written.
+# What a thread needs at most, in units: x as read and as computed with, y as computed and as written.
 _BLOCKS = 4
 
 _FLOATS = "float16, float32 or float64"
@@ -91,7 +84,7 @@ def normalize_file(
     member
         The one member of an archive to normalise.
     chunk_mb
-        Megabytes (2**20 bytes) of memory for blocks; 8 are used at least.
+        Megabytes (2**20 bytes) of memory for blocks, which limits the threads; one needs up to 16.
     force
         Whether an existing dst is replaced.
     progress
@@ -125,10 +118,10 @@ def normalize_file(
     """
     eps = checked_number(eps, "eps")
     _check_place(dst, (src,) if where is None else (src, where), force)
-    with opened(src, member) as sources, _mask(where) as mask, _workers() as workers:
+    with opened(src, member) as sources, _mask(where) as mask:
         if not sources:
             raise ValueError(f"{os.fspath(src)} has no floating member; choose one by member")
-        jobs = {name: _Job(source, axis, mask, dtype, chunk_mb, workers) for name, source in sources.items()}
+        jobs = {name: _Job(source, axis, mask, dtype, chunk_mb) for name, source in sources.items()}
         _check_room(dst, sum(prod(job.source.shape) * job.written.itemsize for job in jobs.values()))
         steps = _Steps(progress, sum(job.size for job in jobs.values()) * (1 if stats is not None else 2))
         done = {}
@@ -137,7 +130,7 @@ def normalize_file(
                 before = _sums(job, steps) if stats is None else None
                 constants = job.constants(before if stats is None else stats)
                 with output.array(name, job.source, job.written) as sink:
-                    done[name] = _write(job, constants, eps, before, sink.write, steps)
+                    done[name] = _write(job, constants, eps, before, sink, steps)
             _check_place(dst, (), force)  # nobody else wrote it meanwhile
         return done if "" not in done and member is None else next(iter(done.values()))
 
@@ -192,12 +185,12 @@ def file_moments(
     if where is not None and len(paths) > 1:
         raise ValueError("where belongs to one file; give it with one path, and merge the moments")
     with ExitStack() as stack:
-        mask, workers = stack.enter_context(_mask(where)), stack.enter_context(_workers())
+        mask = stack.enter_context(_mask(where))
         jobs = []
         for path in paths:
             sources = stack.enter_context(opened(path, member))
             _check_one(path, sources)
-            jobs.append(_Job(next(iter(sources.values())), axis, mask, None, chunk_mb, workers, any_dtype=True))
+            jobs.append(_Job(next(iter(sources.values())), axis, mask, None, chunk_mb, any_dtype=True))
             if jobs[-1].features != jobs[0].features:
                 raise ValueError(
                     f"{os.fspath(path)} has features of shape {jobs[-1].features}, but {os.fspath(paths[0])} of shape "
@@ -251,19 +244,6 @@ def _mask(where: Path | None) -> Iterator[Source | None]:
         yield sources[""]
 
 
-@contextmanager
-def _workers() -> Iterator[ThreadPoolExecutor]:
-    """Threads that work on units, while others read and write."""
-    from bnarray.kernels.cpu.pool import threads
-
-    with ThreadPoolExecutor(threads(), thread_name_prefix="bnarray-files") as workers:
-        try:
-            yield workers
-        except BaseException:
-            workers.shutdown(cancel_futures=True)
-            raise
-
-
 class _Steps:
     """Bytes done, told to who wants to know."""
 
@@ -309,10 +289,9 @@ class _Job:
         mask: Source | None,
         dtype: npt.DTypeLike | None,
         chunk_mb: float,
-        workers: ThreadPoolExecutor,
         any_dtype: bool = False,
     ) -> None:
-        self.source, self.workers = source, workers
+        self.source = source
         ndim = len(source.shape)
         try:
             kept = kept_axes(axis, ndim)
@@ -323,9 +302,8 @@ class _Job:
         self.size = prod(source.shape) * source.dtype.itemsize
         self.mask = None if mask is None else self._checked_mask(mask)
         widest = max(source.dtype.itemsize, self.computed.itemsize, self.written.itemsize)
-        most = int(checked_number(chunk_mb, "chunk_mb") * 2**20) // (_BLOCKS * widest)
         self.unit = cut(source.shape, UNIT)
-        self.chunk = cut(source.shape, max(most, UNIT), self.unit)
+        self.most_threads = int(checked_number(chunk_mb, "chunk_mb") * 2**20) // (_BLOCKS * widest * UNIT)
 
     def _checked_mask(self, mask: Source) -> Source:
         """The mask with its axes in the source's order."""
@@ -347,8 +325,8 @@ class _Job:
 
     @property
     def largest(self) -> int:
-        """Elements of a whole block."""
-        axis, step = self.chunk
+        """Elements of a whole unit."""
+        axis, step = self.unit
         return min([step, *self.source.shape[axis : axis + 1]]) * prod(self.source.shape[axis + 1 :])
 
     @property
@@ -380,70 +358,60 @@ class _Job:
     def of_features(self, region: Region) -> Region:
         return tuple(region[i] for i in self.kept)
 
+    def read(self, region: Region, buffer: _Array) -> tuple[_Array, _Array | None]:
+        """The unit as it is computed with, and its part of the mask."""
+        x = self.source.read(region, buffer).astype(self.computed, copy=False)
+        if self.mask is None:
+            return x, None
+        shape = self.mask.shape
+        own = region[len(region) - len(shape) :]
+        own = tuple(slice(0, 1) if size == 1 else each for size, each in zip(shape, own, strict=True))
+        mask = self.mask.read(own, np.empty(prod(lengths(own)), self.mask.dtype))
+        return x, mask.astype(self.mask.dtype.newbyteorder("="), copy=False)
 
-class _Block(NamedTuple):
-    """A region of a file, in memory."""
-
-    region: Region
-    values: _Array
-    mask: _Array | None
-
-    def units(self, job: _Job) -> Iterator[tuple[Region, Region]]:
-        """Yield the units: where they are in the block, and which features they hold."""
-        for part in regions(self.values.shape, job.unit):
-            starts = [each.start for each in self.region]
-            whole = tuple(slice(a + s.start, a + s.stop) for a, s in zip(starts, part, strict=True))
-            yield part, job.of_features(whole)
-
-    def moments(self, values: _Array, part: Region, job: _Job) -> Moments:
-        return moments(values, axis=job.kept, where=None if self.mask is None else _part_of(self.mask, part))
+    def moments(self, x: _Array, mask: _Array | None) -> Moments:
+        return moments(x, axis=self.kept, where=mask)
 
 
-def _within(shape: tuple[int, ...], region: Region) -> Region:
-    """The region of an array that broadcasts to the one the region is of."""
-    own = region[len(region) - len(shape) :]
-    return tuple(slice(0, 1) if size == 1 else each for size, each in zip(shape, own, strict=True))
+def _on_units(
+    job: _Job, work: Callable[[Region, _Array, _Array], _Result], in_parallel: bool
+) -> Generator[tuple[Region, _Result]]:
+    """Do the work on every unit, several at a time, each with buffers for x and y; yield results in order."""
+    number = threads() if in_parallel and job.source.in_parallel and (not job.mask or job.mask.in_parallel) else 1
+    number = max(1, min(number, job.most_threads))
+    buffers: SimpleQueue[tuple[_Array, _Array]] = SimpleQueue()
+    for _ in range(number):
+        buffers.put((np.empty(job.largest, job.source.dtype), np.empty(job.largest, job.computed)))
 
+    def task(region: Region) -> _Result:
+        own = buffers.get()
+        try:
+            return work(region, *own)
+        finally:
+            buffers.put(own)
 
-def _part_of(mask: _Array, part: Region) -> _Array:
-    return at(mask, _within(mask.shape, part))
-
-
-def _blocks(job: _Job) -> Iterator[_Block]:
-    """Read block after block, the next one while the caller works on this one."""
-    ahead = regions(job.source.shape, job.chunk)
-    buffers = np.empty((2, job.largest), job.source.dtype)
-
-    def read(region: Region, turn: int) -> _Block:
-        values, mask = job.source.read(region, buffers[turn % 2]), None
-        if job.mask is not None:
-            own = _within(job.mask.shape, region)
-            weights = np.empty(prod(lengths(own)), job.mask.dtype)
-            mask = job.mask.read(own, weights).astype(job.mask.dtype.newbyteorder("="), copy=False)
-        return _Block(region, values, mask)
-
-    with ThreadPoolExecutor(1, thread_name_prefix="bnarray-read") as reader:
-        coming: Future[_Block] | None = None
-        for turn, region in enumerate(chain(ahead, [None])):
-            block = None if coming is None else coming.result()
-            coming = None if region is None else reader.submit(read, region, turn)
-            if block is not None:
-                yield block
+    waiting: deque[tuple[Region, Future[_Result]]] = deque()
+    with ThreadPoolExecutor(number, thread_name_prefix="bnarray-files") as workers:
+        try:
+            for region in regions(job.source.shape, job.unit):
+                waiting.append((region, workers.submit(task, region)))
+                if len(waiting) > 2 * number:
+                    first, coming = waiting.popleft()
+                    yield first, coming.result()
+            for first, coming in waiting:
+                yield first, coming.result()
+        finally:
+            for _, coming in waiting:
+                coming.cancel()
 
 
 def _sums(job: _Job, steps: _Steps) -> Moments:
     """The moments of the whole array, in the order of axes."""
     sums = _Sums(job)
-    for block in _blocks(job):
-
-        def work(unit: tuple[Region, Region], block: _Block = block) -> Moments:
-            part, _ = unit
-            return block.moments(at(block.values, part).astype(job.computed, copy=False), part, job)
-
-        units = list(block.units(job))
-        for (_, features), found in zip(units, job.workers.map(work, units), strict=True):
-            sums.add(features, found)
-        steps.add(block.values.nbytes)
+    with closing(_on_units(job, lambda region, of_x, of_y: job.moments(*job.read(region, of_x)), True)) as found:
+        for region, each in found:
+            sums.add(job.of_features(region), each)
+            steps.add(prod(lengths(region)) * job.source.dtype.itemsize)
     return sums.moments()
 
 
@@ -472,45 +440,27 @@ class _Sums:
 
 
 def _write(
-    job: _Job,
-    constants: tuple[_Array, _Array],
-    eps: float,
-    before: Moments | None,
-    write: Callable[[Region, _Array], None],
-    steps: _Steps,
+    job: _Job, constants: tuple[_Array, _Array], eps: float, before: Moments | None, sink: Sink, steps: _Steps
 ) -> Normalized:
-    """Normalise block after block, one being written while the next one is worked on."""
+    """Normalise and write every unit; return the statistics, of x unless they are known."""
     mean, var = constants
-    of_x, of_y = _Sums(job), _Sums(job)
-    with ThreadPoolExecutor(1, thread_name_prefix="bnarray-write") as writer:
-        writing: Future[None] | None = None
-        results = np.empty((2, job.largest), job.written)
-        for turn, block in enumerate(_blocks(job)):
-            result = results[turn % 2, : block.values.size].reshape(block.values.shape)
 
-            def work(
-                unit: tuple[Region, Region], block: _Block = block, result: _Array = result
-            ) -> tuple[Moments | None, Moments]:
-                part, features = unit
-                x, y = at(block.values, part).astype(job.computed, copy=False), at(result, part)
-                found = block.moments(x, part, job) if before is None else None
-                given = Moments(1, mean[features], var[features])
-                if y.dtype == x.dtype:
-                    batch_norm(x, stats=given, training=False, axis=job.kept, eps=eps, out=y)
-                else:
-                    with np.errstate(over="ignore"):  # beyond float16 is infinity
-                        y[...] = batch_norm(x, stats=given, training=False, axis=job.kept, eps=eps)
-                return found, block.moments(y, part, job)
+    def work(region: Region, of_x: _Array, of_y: _Array) -> tuple[Moments | None, Moments]:
+        x, mask = job.read(region, of_x)
+        features = job.of_features(region)
+        given = Moments(1, mean[features], var[features])
+        y = of_y[: x.size].reshape(x.shape)
+        batch_norm(x, stats=given, training=False, axis=job.kept, eps=eps, out=y)
+        with np.errstate(over="ignore"):  # beyond float16 is infinity
+            y = y.astype(job.written, copy=False)
+        sink.write(region, y)
+        return None if before else job.moments(x, mask), job.moments(y, mask)
 
-            units = list(block.units(job))
-            for (_, features), (found, new) in zip(units, job.workers.map(work, units), strict=True):
-                if found is not None:
-                    of_x.add(features, found)
-                of_y.add(features, new)
-            if writing is not None:
-                writing.result()
-            writing = writer.submit(write, block.region, result)
-            steps.add(block.values.nbytes)
-        if writing is not None:
-            writing.result()
-    return Normalized(of_x.moments() if before is None else before, of_y.moments())
+    sums, new_sums = _Sums(job), _Sums(job)
+    with closing(_on_units(job, work, sink.in_parallel)) as found:
+        for region, (old, new) in found:
+            if old is not None:
+                sums.add(job.of_features(region), old)
+            new_sums.add(job.of_features(region), new)
+            steps.add(prod(lengths(region)) * job.source.dtype.itemsize)
+    return Normalized(before or sums.moments(), new_sums.moments())

@@ -4,6 +4,7 @@ A region is a tuple of slices: single indices along the leading axes, some along
 order of memory that is one run of bytes. Shapes here are in the order of memory: a Fortran-ordered array's is reversed.
 """
 
+import io
 import os
 import shutil
 import stat
@@ -31,17 +32,12 @@ class Cut(NamedTuple):
     step: int
 
 
-def cut(shape: tuple[int, ...], most: int, unit: Cut | None = None) -> Cut:
-    """Cut into regions of about as many elements as `most`, evenly; or into as many whole units as that holds."""
+def cut(shape: tuple[int, ...], most: int) -> Cut:
+    """Cut into regions of at most so many elements, evenly."""
     for axis, size in enumerate(shape):
         inner = prod(shape[axis + 1 :])
         if inner <= most or axis == len(shape) - 1:
-            step = max(1, most // max(1, inner))
-            if unit is None:
-                return Cut(axis, max(1, ceil(size / ceil(size / step)))) if size else Cut(axis, 1)
-            if axis < unit.axis:
-                return Cut(axis, step)
-            return Cut(unit.axis, max(1, step // unit.step) * unit.step)
+            return Cut(axis, ceil(size / ceil(size / max(1, most // max(1, inner)))) if size else 1)
     return Cut(0, 1)
 
 
@@ -70,20 +66,34 @@ def at(values: ndarray, region: Region) -> ndarray:
     return view
 
 
+def first_of(shape: tuple[int, ...], region: Region) -> int:
+    """Return the place of a region's first element in memory."""
+    first = 0
+    for start, size in zip(region, shape, strict=True):
+        first = first * size + start.start
+    return first
+
+
 class Source(Protocol):
-    """An array in a file."""
+    """An array in a file; `in_parallel` if several threads may read it at once and in any order."""
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     is_fortran: bool
 
+    @property
+    def in_parallel(self) -> bool: ...
+
     def read(self, region: Region, buffer: ndarray) -> ndarray:
         """Return the region's elements, in the flat buffer if that saves a copy."""
 
 
 class Sink(Protocol):
-    """An array that is written to a file, region by region in order."""
+    """An array that is written to a file, in order, or `in_parallel`."""
+
+    @property
+    def in_parallel(self) -> bool: ...
 
     def write(self, region: Region, values: ndarray) -> None: ...
 
@@ -97,6 +107,11 @@ class Output(Protocol):
 
 def _bytes(flat: ndarray) -> memoryview:
     return flat.view(np.uint8).data
+
+
+def _has_places(file: IO[bytes]) -> bool:
+    """Whether threads can read and write at places of their own: files on a disk, but not the members of archives."""
+    return isinstance(file, io.FileIO) and hasattr(os, "preadv")
 
 
 class _Npy:
@@ -121,19 +136,25 @@ class _Npy:
         if there < expected:
             raise ValueError(f"{name} is truncated: it should hold {expected} bytes of numbers, and holds {there}")
 
+    @property
+    def in_parallel(self) -> bool:
+        return _has_places(self._file)
+
+    def _read_at(self, place: int, into: memoryview) -> int:
+        if self.in_parallel:
+            return os.preadv(self._file.fileno(), [into], place)
+        self._file.seek(place)
+        return self._file.readinto(into)  # type: ignore[attr-defined, no-any-return]  # of every binary file
+
     def read(self, region: Region, buffer: ndarray) -> ndarray:
         shape = lengths(region)
-        first = 0
-        for start, size in zip(region, self.shape, strict=True):
-            first = first * size + start.start
         values = buffer[: prod(shape)]
-        left = _bytes(values)
-        self._file.seek(self._begin + first * self.dtype.itemsize)
+        left, place = _bytes(values), self._begin + first_of(self.shape, region) * self.dtype.itemsize
         while left:
-            got = self._file.readinto(left)  # type: ignore[attr-defined]  # of every binary file
+            got = self._read_at(place, left)
             if not got:
                 raise ValueError(f"{self.name} is truncated: {len(left)} bytes of a block are missing")
-            left = left[got:]
+            left, place = left[got:], place + got
         return values.reshape(shape)
 
 
@@ -141,6 +162,7 @@ class _Zarr:
     """A zarr array, open for reading."""
 
     is_fortran = False
+    in_parallel = False  # regions share chunks, which would be decoded twice
 
     def __init__(self, array: Any, name: str) -> None:
         self.name, self.shape, self.dtype = name, tuple(array.shape), np.dtype(array.dtype)
@@ -241,22 +263,30 @@ def opened(path: Path, member: str | None = None) -> Iterator[dict[str, Source]]
 
 class _NpySink:
     def __init__(self, file: IO[bytes], like: Source, dtype: np.dtype[Any]) -> None:
-        self._file = file
-        order = -1 if like.is_fortran else 1
+        self._file, self._shape = file, like.shape
         header = {
             "descr": np.lib.format.dtype_to_descr(dtype),
             "fortran_order": like.is_fortran,
-            "shape": like.shape[::order],
+            "shape": like.shape[:: -1 if like.is_fortran else 1],
         }
         np.lib.format.write_array_header_1_0(file, header)
+        self._begin = file.tell() if self.in_parallel else 0
+
+    @property
+    def in_parallel(self) -> bool:
+        return _has_places(self._file)
 
     def write(self, region: Region, values: ndarray) -> None:
         left = _bytes(values.reshape(-1))
+        place = self._begin + first_of(self._shape, region) * values.itemsize
         while left:
-            left = left[self._file.write(left) :]
+            written = os.pwrite(self._file.fileno(), left, place) if self.in_parallel else self._file.write(left)
+            left, place = left[written:], place + written
 
 
 class _ZarrSink:
+    in_parallel = False  # regions share chunks, of which one writer's part would be lost
+
     def __init__(self, array: Any, is_fortran: bool) -> None:
         self._array = array
         self._order = -1 if is_fortran else 1

@@ -4,8 +4,9 @@ The same tiles, groups and order of merging as in `moments`, and the same arithm
 have the same bits. In the rows family a feature at a time, for features that stay in the cache of one core between the
 two; in the columns family all of x at once, for one thread and small arrays.
 
-Traffic: reads x once from memory and once from cache, writes y once. A training call on (32, 64, 56, 56) float32,
-output allocated, two threads, timed by hand: 2.3 ms, by the two kernels one after the other 2.8.
+Traffic: reads x once from memory and once from cache, writes y once.
+Measured (`benchmarks/kernels.py`, 25 MB of float32, two threads of an Intel Xeon), GB/s of it: channels first 22.1,
+short rows 14.8; a copy channels first 30.1, short rows 24.9, channels last 28.8.
 """
 
 import math

@@ -53,10 +53,10 @@ def draw(statistics: Mapping[str, RunningStats], path: str) -> None:
         axes[1, 0].plot(number, np.sqrt(stats.var).ravel(), label=name, **style)
     axes[0, 0].set(title="Mean")
     axes[1, 0].set(title="Deviation", xlabel="feature")
-    for name, stats in others:
+    for i, (_, stats) in enumerate(others, start=1):  # in the colours that they have on the left
         shift, ratio = _drift(stats, first)
-        axes[0, 1].plot(number, shift, label=name, **style)
-        axes[1, 1].plot(number, ratio, label=name, **style)
+        axes[0, 1].plot(number, shift, color=f"C{i}", **style)
+        axes[1, 1].plot(number, ratio, color=f"C{i}", **style)
     if others:
         axes[0, 1].set(title=f"Mean, moved by so many deviations of {first_name}")
         axes[1, 1].set(title=f"Deviation, over that of {first_name}", xlabel="feature")

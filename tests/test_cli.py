@@ -1,11 +1,14 @@
 """The command line as it is used: in a process of its own, killed, cut off, and told what is wrong."""
 
+import contextlib
 import json
 import os
+import pty
 import resource
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -66,6 +69,23 @@ def test_normalize_and_what_it_prints(folder: Path) -> None:
     np.testing.assert_allclose(stats.var, x.var(axis=0, dtype=float), rtol=1e-9, atol=1e-12)
     _bnarray("normalize", "x.npy", "z.npy", "--stats", "s.npz", "--eps", "0", cwd=folder, check=True)
     assert (folder / "z.npy").read_bytes() == (folder / "y.npy").read_bytes()
+
+
+def test_progress_bar_on_a_terminal(large: Path) -> None:
+    pytest.importorskip("tqdm", reason="tqdm is not installed: the progress bar is not verified")
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 90))
+    command = [BNARRAY, "normalize", "large.npy", "y.npy"]
+    with subprocess.Popen(command, cwd=large, stdout=subprocess.DEVNULL, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+            while part := os.read(ours, 4096):
+                shown += part
+    os.close(ours)
+    assert process.returncode == 0
+    assert b"B/s]" in shown  # the rate
+    assert b"<00:0" in shown  # the time left
 
 
 def test_options_of_normalize(folder: Path) -> None:

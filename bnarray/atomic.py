@@ -2,17 +2,10 @@
 
 import errno
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-
-
-def _like_new(path: str, mode: int) -> None:
-    """Give a temporary file or folder, which is private, the permissions of an ordinary new one."""
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(path, mode & ~mask)
 
 
 def _remove(path: str) -> None:
@@ -33,16 +26,17 @@ def beside(path: str | os.PathLike[str], *, folder: bool = False) -> Iterator[st
     parent, name = os.path.split(place)
     if not os.path.isdir(parent):
         raise FileNotFoundError(errno.ENOENT, "there is no such folder", parent)
+    # By hand, not by tempfile, whose files are private: these get the permissions of any new file.
+    hidden = os.path.join(parent, f".{name}.{secrets.token_hex(8)}")
+    temporary = f"{hidden}.part"
     if folder:
-        temporary = tempfile.mkdtemp(dir=parent, prefix=f".{name}.", suffix=".part")
+        os.mkdir(temporary)
     else:
-        handle, temporary = tempfile.mkstemp(dir=parent, prefix=f".{name}.", suffix=".part")
-        os.close(handle)
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
-        _like_new(temporary, 0o777 if folder else 0o666)
         if folder and os.path.isdir(place):
-            old = tempfile.mkdtemp(dir=parent, prefix=f".{name}.", suffix=".old")
+            old = f"{hidden}.old"
             os.rename(place, old)
             try:
                 os.rename(temporary, place)

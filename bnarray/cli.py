@@ -199,8 +199,7 @@ def _normalize(options: argparse.Namespace) -> None:
     from bnarray.stats import RunningStats
 
     _check_new(options.save_stats, options.force, options.src, options.dst, options.where, options.stats)
-    if options.stats is not None and os.path.realpath(options.stats) == os.path.realpath(options.dst):
-        raise ValueError(f"{options.dst} is an input too; write to another place")
+    _check_new(options.dst, True, options.stats)
     if options.save_stats is not None:
         files.check_one_array(options.src, options.member)
     given = None if options.stats is None else RunningStats.load(options.stats)

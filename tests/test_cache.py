@@ -117,7 +117,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     code = CODE.replace(
         "from bnarray.kernels.cpu import compiled",
         "from bnarray.kernels.cpu import compiled\nfrom bnarray.kernels import disk\n"
-        "disk.os.fdopen = lambda handle, mode: (disk.os.close(handle), open('/dev/full', 'wb'))[1]",
+        "disk.Path.write_bytes = lambda self, data: open('/dev/full', 'wb', buffering=0).write(data)",
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

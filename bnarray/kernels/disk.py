@@ -3,12 +3,14 @@
 import hashlib
 import os
 import sys
-import tempfile
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
+
+from bnarray.atomic import beside
 
 _CHECKSUM_BYTES = 32
 _KEY_DIGITS = 32
@@ -91,17 +93,7 @@ def save(name: str, target: str, payload: bytes) -> None:
     path = _path(name, target)
     if path is None:
         return
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
-    except OSError:
-        return
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.sha256(payload).digest() + payload)
-        os.replace(beside, path)
-    except OSError:
-        Path(beside).unlink(missing_ok=True)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+        with beside(path) as temporary:
+            Path(temporary).write_bytes(hashlib.sha256(payload).digest() + payload)

@@ -1,8 +1,8 @@
 """What an element is shifted and scaled by, in the precision that its loop computes in.
 
 The mean comes in three parts, so that loops over float32 data can subtract it in float32: x − center is exact next to
-the mean, what is left of the mean then too, and `rest` makes the difference as exact as the float64 mean is. (In two
-parts, at mean 10⁶ and deviation 1, a result of 4·10⁻⁴ is off by 30 of its ulp.) In float64 the other parts are 0.
+the mean, what is left of the mean then too, and `rest` makes the difference as exact as the float64 mean is. (Two parts
+hold a mean of 10⁶ to 10⁻⁹, which is 30 ulp of a result of 4·10⁻⁴.) In float64 the other parts are 0.
 """
 
 import numpy as np

@@ -151,7 +151,8 @@ def test_backward_out() -> None:
 
 def test_numpy_scalars_are_arrays_without_axes() -> None:
     y = bn.batch_norm(X, np.float64(2), np.float32(1), axis=(), where=np.bool(True))
-    np.testing.assert_array_equal(y, bn.batch_norm(X, np.asarray(2.0), np.asarray(np.float32(1)), axis=()))
+    arrays = np.asarray(2.0), np.asarray(np.float32(1))
+    np.testing.assert_array_equal(y, bn.batch_norm(X, *arrays, axis=(), where=np.asarray(True)))
     assert bn.batch_norm(np.float64(5), axis=()).shape == ()
     with pytest.raises(TypeError, match="out is read-only"):
         bn.batch_norm(np.float64(5), axis=(), out=np.float64(5))

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bnarray.kernels.cpu import coefficients, forward, gate, grad_input, grad_sums, memory, moments, normalize, pool
+from bnarray.kernels.cpu.lanes import MOST
 from bnarray.kernels.cpu.memory import NOWHERE
 from bnarray.layout import COLUMNS, features_shape, layout
 
@@ -33,6 +34,9 @@ WORTH_SHARING = 2**20
 
 # Bytes of a feature's tiles that stay in the cache of one core between two reads.
 CACHED = 2**20
+
+# In a kernel's scratch memory: lines of sums, and bytes lost between its arrays.
+_SUMS, _BETWEEN = 4, 2048
 
 # Features that give every thread some, whichever finishes last.
 MANY = 16
@@ -59,12 +63,18 @@ class _Plan(NamedTuple):
     family: int
     groups: int
     pieces: int  # for threads to share; 1 where that is not worth it
+    tile: int
+    width: int
     grid: npt.NDArray[np.int64]
     axes: npt.NDArray[np.int64]
 
     @property
     def is_columns(self) -> bool:
         return self.family == COLUMNS
+
+    def room(self, tiles: int, numbers: int = 0) -> int:
+        """Bytes for a kernel's own use: tiles, lines of sums, and numbers of float64."""
+        return 8 * (tiles * self.tile + _SUMS * max(self.width, MOST) + self.axes.size + numbers) + _BETWEEN
 
 
 @lru_cache(maxsize=4096)
@@ -91,7 +101,7 @@ def _plan(
         np.int64,
     )
     pieces = tiling.pieces if prod(shape) >= WORTH_SHARING else 1
-    return _Plan(tiling.family, tiling.groups, pieces, grid, axes)
+    return _Plan(tiling.family, tiling.groups, pieces, depth * width, width, grid, axes)
 
 
 def _tile_type(x: Memory) -> Any:
@@ -118,7 +128,8 @@ def find_moments(
     kernel = moments.kernel(_tile_type(x), plan.is_columns, where is not None)
     owners = x.owner, where and where.owner
     operands, sums = (x.address, x.kind, where_at, where_kind), (count, shift, offset, m2)
-    pool.run(kernel, plan.pieces, owners, plan.grid, plan.axes, *operands, *sums)
+    room = plan.room(1 if where is None else 2)
+    pool.run(kernel, plan.pieces, room, owners, plan.grid, plan.axes, *operands, *sums)
     moments.merge_groups(count, shift, offset, m2, mean)
     return count[0].copy(), mean, m2[0].copy()  # the other groups' rows are not kept alive
 
@@ -156,7 +167,9 @@ def find_and_write(x: Memory, flat: Flat, eps: float, y: Memory) -> tuple[Vector
     count, mean, m2, invstd, scale = np.empty((5, flat.bias.size))
     vectors = flat.scale, flat.bias, eps, flat.relu, count, mean, m2, invstd, scale
     kernel = forward.kernel(tile_type, plan.is_columns)
-    pool.run(kernel, plan.pieces, (x.owner, y.owner), plan.grid, plan.axes, x.address, y.address, x.kind, *vectors)
+    owners, addresses = (x.owner, y.owner), (x.address, y.address)
+    room = plan.room(2, (coefficients.VECTORS + 4 * plan.groups) * (flat.bias.size if plan.is_columns else 1))
+    pool.run(kernel, plan.pieces, room, owners, plan.grid, plan.axes, *addresses, x.kind, *vectors)
     found = flat._replace(mean=mean, scale=scale)
     if _tile_type_for(x, found, scale, scale) is not tile_type:
         write_normalized(x, found, y)
@@ -173,7 +186,8 @@ def write_normalized(x: Memory, flat: Flat, y: Memory) -> None:
     )
     owners, addresses = (x.owner, y.owner, added.owner), (x.address, y.address, added.address)
     vectors = flat.mean, flat.scale, flat.bias
-    pool.run(kernel, plan.pieces, owners, plan.grid, plan.axes, *addresses, x.kind, in_place, *vectors, flat.relu)
+    room = plan.room(2 if flat.residual is None else 3, coefficients.VECTORS * flat.mean.size)
+    pool.run(kernel, plan.pieces, room, owners, plan.grid, plan.axes, *addresses, x.kind, in_place, *vectors, flat.relu)
 
 
 def find_grad_sums(dy: Memory, x: Memory, flat: Flat) -> tuple[Vector, Vector]:
@@ -184,7 +198,8 @@ def find_grad_sums(dy: Memory, x: Memory, flat: Flat) -> tuple[Vector, Vector]:
     kernel = grad_sums.kernel(_tile_type_for(x, flat, flat.scale, flat.scale), plan.is_columns, flat.gate)
     owners, addresses = (x.owner, dy.owner, added.owner), (x.address, dy.address, added.address)
     vectors = flat.mean, flat.scale, flat.bias, sum_dz, sum_dz_x
-    pool.run(kernel, plan.pieces, owners, plan.grid, plan.axes, *addresses, x.kind, dy.kind, *vectors)
+    room = plan.room(2 + flat.gate, coefficients.VECTORS * flat.mean.size)
+    pool.run(kernel, plan.pieces, room, owners, plan.grid, plan.axes, *addresses, x.kind, dy.kind, *vectors)
     grad_sums.add_groups(sum_dz, sum_dz_x, flat.invstd)
     return sum_dz[0].copy(), sum_dz_x[0].copy()
 
@@ -213,4 +228,5 @@ def write_grad_input(
     kinds = x.kind, dy.kind, x.kind if where is None else where.kind
     vectors = flat.mean, flat.scale, flat.bias, common, slope
     in_place = dx.address == dy.address
-    pool.run(kernel, plan.pieces, owners, plan.grid, plan.axes, *addresses, *kinds, in_place, *vectors)
+    room = plan.room(3 + flat.gate + (where is not None), (coefficients.VECTORS + 2) * flat.mean.size)
+    pool.run(kernel, plan.pieces, room, owners, plan.grid, plan.axes, *addresses, *kinds, in_place, *vectors)

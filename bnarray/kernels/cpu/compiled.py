@@ -18,8 +18,11 @@ _SETTINGS = ("OPT", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "LOOP_VECTORIZE", "SLP_V
 
 #: Decorators of the functions that kernels are made of.
 # `contract` is all the licence there is: sums are vectorised by the way they are written (lanes.py).
-mapping = njit(fastmath={"contract"}, error_model="numpy", nogil=True)
-machinery = njit(error_model="numpy", nogil=True)
+# Kernels own no memory (`memory.carve`), so that nothing counts references: counting, which is atomic, took more than
+# half of the time on short rows.
+_options = {"error_model": "numpy", "nogil": True, "_nrt": False}
+mapping = njit(fastmath={"contract"}, **_options)
+machinery = njit(**_options)
 
 # The types that kernels' arguments are made of. Inputs are read-only types, which writable arrays convert to.
 index = types.int64
@@ -29,6 +32,7 @@ vector = types.Array(types.float64, 1, "C", readonly=True)
 table = types.Array(types.int64, 2, "C", readonly=True)
 indices = types.Array(types.int64, 1, "C", readonly=True)
 counter = types.Array(types.int64, 1, "C")
+scratch = types.Array(types.uint8, 1, "C")
 partials = types.Array(types.float64, 2, "C")
 results = types.Array(types.float64, 1, "C")
 
@@ -91,7 +95,7 @@ class Kernel:
     def __init__(self, name: str, signature: Any, function: Callable[..., Any]) -> None:
         self._signature = signature
         named(name, function)
-        self._dispatcher = njit(nogil=True, error_model="numpy")(function)
+        self._dispatcher = njit(**_options)(function)
         self._dispatcher._cache = _OnDisk(name)
         self._compiled: Callable[..., Any] | None = None
 

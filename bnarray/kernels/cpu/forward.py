@@ -12,10 +12,9 @@ short rows 14.8; a copy channels first 30.1, short rows 24.9, channels last 28.8
 import math
 from functools import cache
 
-import numpy as np
 from numba import types
 
-from bnarray.kernels.cpu.coefficients import coefficients, of_features
+from bnarray.kernels.cpu.coefficients import carve_coefficients, fill, of_features
 from bnarray.kernels.cpu.compiled import (
     Kernel,
     counter,
@@ -25,11 +24,12 @@ from bnarray.kernels.cpu.compiled import (
     machinery,
     number,
     results,
+    scratch,
     table,
     vector,
 )
 from bnarray.kernels.cpu.lanes import MOST
-from bnarray.kernels.cpu.memory import load, store, target
+from bnarray.kernels.cpu.memory import carve, carve_rows, load, room_in, store, target
 from bnarray.kernels.cpu.moments import fold_columns, fold_rows, merge_all, merge_into
 from bnarray.kernels.cpu.normalize import normalize_columns, normalize_rows
 from bnarray.kernels.cpu.pool import take
@@ -40,6 +40,7 @@ from bnarray.kernels.cpu.walk import (
     TILE,
     WIDTH,
     address_of,
+    carve_place,
     place_chunk,
     place_span,
     steps_of,
@@ -62,10 +63,14 @@ def _scale(count, m2, eps, weight, invstd, scale):
 def _rows(dtype):
     like = dtype(0)
 
-    def forward(counter, grid, axes, x, y, kind, weight, bias, eps, relu, count, mean, m2, invstd, scale):
-        values, normalized = np.empty(grid[TILE], dtype), np.empty(grid[TILE], dtype)
-        part, whole, sums = np.empty((4, 1)), np.empty((4, 1)), np.empty((3, MOST))
-        place = np.zeros(axes.shape[1], np.int64)
+    def forward(counter, scratch, grid, axes, x, y, kind, weight, bias, eps, relu, count, mean, m2, invstd, scale):
+        place, room = carve_place(room_in(scratch), axes)
+        values, room = carve(room, grid[TILE], like)
+        normalized, room = carve(room, grid[TILE], like)
+        part, room = carve_rows(room, 4, 1, 0.0)
+        whole, room = carve_rows(room, 4, 1, 0.0)
+        sums, room = carve_rows(room, 3, MOST, 0.0)
+        of, room = carve_coefficients(room, 1, like)
         c = take(counter)
         while c < grid[SPANS]:
             whole[:] = 0
@@ -79,7 +84,7 @@ def _rows(dtype):
             count[c], mean[c], m2[c] = whole[0, 0], whole[1, 0] + whole[2, 0], whole[3, 0]
             own = slice(c, c + 1)
             _scale(count[own], m2[own], eps, weight[own], invstd[own], scale[own])
-            of = coefficients(mean[own], scale[own], bias[own], dtype)
+            fill(of, mean[own], scale[own], bias[own])
             for chunk in range(grid[CHUNKS]):
                 rows, columns = place_chunk(grid, axes, chunk, place), place_span(grid, axes, c, place)[0]
                 y_at, y_steps = address_of(y, axes, 2, place), steps_of(axes, 2)
@@ -95,21 +100,29 @@ def _rows(dtype):
 def _columns(dtype):
     like = dtype(0)
 
-    def forward(counter, grid, axes, x, y, kind, weight, bias, eps, relu, count, mean, m2, invstd, scale):
-        values, normalized = np.empty(grid[TILE], dtype), np.empty(grid[TILE], dtype)
+    def forward(counter, scratch, grid, axes, x, y, kind, weight, bias, eps, relu, count, mean, m2, invstd, scale):
+        place, room = carve_place(room_in(scratch), axes)
+        values, room = carve(room, grid[TILE], like)
+        normalized, room = carve(room, grid[TILE], like)
+        sums, room = carve_rows(room, 3, grid[WIDTH], 0.0)
+        of_all, room = carve_coefficients(room, mean.size, like)
         groups = (grid[CHUNKS] + grid[CHUNKS_PER_GROUP] - 1) // grid[CHUNKS_PER_GROUP]
-        counts, shift, offset = np.zeros((groups, m2.size)), np.zeros((groups, m2.size)), np.zeros((groups, m2.size))
-        squares, sums = np.zeros((groups, m2.size)), np.empty((3, grid[WIDTH]))
-        for group, rows, columns, first, last, place in tiles(counter, grid, axes):
+        counts, room = carve_rows(room, groups, mean.size, 0.0)
+        shift, room = carve_rows(room, groups, mean.size, 0.0)
+        offset, room = carve_rows(room, groups, mean.size, 0.0)
+        squares, room = carve_rows(room, groups, mean.size, 0.0)
+        counts[:], shift[:], offset[:], squares[:] = 0, 0, 0, 0
+        for group, rows, columns, first, last in tiles(counter, grid, axes, place):
             x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
             into = counts[group, first:last], shift[group, first:last], offset[group, first:last]
             fold_columns(x_tile, rows, columns, like, *into, squares[group, first:last], sums)
         merge_all(counts, shift, offset, squares, mean)
-        count[:], m2[:] = counts[0], squares[0]
+        for c in range(mean.size):
+            count[c], m2[c] = counts[0, c], squares[0, c]
         _scale(count, m2, eps, weight, invstd, scale)
-        of_all = coefficients(mean, scale, bias, dtype)
+        fill(of_all, mean, scale, bias)
         counter[0] = 0
-        for _, rows, columns, first, last, place in tiles(counter, grid, axes):
+        for _, rows, columns, first, last in tiles(counter, grid, axes, place):
             y_at, y_steps = address_of(y, axes, 2, place), steps_of(axes, 2)
             x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
             y_tile = target(y_at, y_steps, rows, columns, kind, normalized, False)
@@ -122,7 +135,7 @@ def _columns(dtype):
 @cache
 def kernel(dtype, is_columns):
     """Make the kernel for tiles of one dtype."""
-    inputs = (counter, indices, table, index, index, index, vector, vector, number, flag)
+    inputs = (counter, scratch, indices, table, index, index, index, vector, vector, number, flag)
     outputs = (results, results, results, results, results)
     name = f"forward_{'columns' if is_columns else 'rows'}_{dtype.__name__}"
     return Kernel(name, types.void(*inputs, *outputs), (_columns if is_columns else _rows)(dtype))

@@ -14,11 +14,10 @@ short rows 33.8, channels last 37.8; a copy channels first 30.1, short rows 24.9
 
 from functools import cache
 
-import numpy as np
 from numba import types
 
-from bnarray.kernels.cpu.coefficients import coefficients, of_features, of_line
-from bnarray.kernels.cpu.compiled import Kernel, counter, flag, index, indices, mapping, table, vector
+from bnarray.kernels.cpu.coefficients import carve_coefficients, fill, of_features, of_line
+from bnarray.kernels.cpu.compiled import Kernel, counter, flag, index, indices, mapping, scratch, table, vector
 from bnarray.kernels.cpu.gate import (
     OPEN,
     RELU_ONTO,
@@ -27,8 +26,8 @@ from bnarray.kernels.cpu.gate import (
     gate_rows,
     gate_rows_onto,
 )
-from bnarray.kernels.cpu.memory import NOWHERE, line, load, store, target, tile_of
-from bnarray.kernels.cpu.walk import TILE, address_of, steps_of, tiles
+from bnarray.kernels.cpu.memory import NOWHERE, carve, line, load, room_in, store, target, tile_of
+from bnarray.kernels.cpu.walk import TILE, address_of, carve_place, steps_of, tiles
 
 #: What the statistics were to the elements: constants; their own mean; their weighted mean.
 CONSTANT, BATCH, WEIGHTED = range(3)
@@ -119,21 +118,24 @@ def kernel(dtype, is_columns, gate, statistics):
 
     # Operands 1 to 6 of the axes are x, dy, dx, where, the residual and its gradient.
     def grad_input(
-        counter, grid, axes, x, dy, dx, where, residual, dresidual, kind, dy_kind, where_kind, in_place,
+        counter, scratch, grid, axes, x, dy, dx, where, residual, dresidual, kind, dy_kind, where_kind, in_place,
         mean, scale, bias, common, slope,
     ):  # fmt: skip
-        values, gradients, results = (
-            np.empty(grid[TILE], dtype),
-            np.empty(grid[TILE], dtype),
-            np.empty(grid[TILE], dtype),
-        )
-        gated = np.empty(0 if gate == OPEN else grid[TILE], dtype)
-        added = np.empty(grid[TILE] if gate == RELU_ONTO else 0, dtype)
-        weights = np.empty(grid[TILE] if statistics == WEIGHTED else 0, np.float64)
-        of_all = coefficients(mean, scale, bias, dtype)
-        commons, slopes = common.astype(dtype), slope.astype(dtype)
+        place, room = carve_place(room_in(scratch), axes)
+        values, room = carve(room, grid[TILE], like)
+        gradients, room = carve(room, grid[TILE], like)
+        results, room = carve(room, grid[TILE], like)
+        gated, room = carve(room, 0 if gate == OPEN else grid[TILE], like)
+        added, room = carve(room, grid[TILE] if gate == RELU_ONTO else 0, like)
+        weights, room = carve(room, grid[TILE] if statistics == WEIGHTED else 0, 0.0)
+        commons, room = carve(room, mean.size, like)
+        slopes, room = carve(room, mean.size, like)
+        of_all, room = carve_coefficients(room, mean.size, like)
+        fill(of_all, mean, scale, bias)
+        for c in range(mean.size):
+            commons[c], slopes[c] = common[c], slope[c]
         x_tile, w_tile = tile_of(values, 0), tile_of(weights, 0)
-        for _, rows, columns, first, last, place in tiles(counter, grid, axes):
+        for _, rows, columns, first, last in tiles(counter, grid, axes, place):
             dy_at = address_of(dy, axes, 2, place)
             dz_tile = load(dy_at, steps_of(axes, 2), rows, columns, dy_kind, gradients)
             if statistics != CONSTANT or gate != OPEN:
@@ -162,4 +164,4 @@ def kernel(dtype, is_columns, gate, statistics):
     addresses = (index, index, index, index, index, index)
     kinds = (index, index, index)
     vectors = (vector, vector, vector, vector, vector)
-    return Kernel(name, types.void(counter, indices, table, *addresses, *kinds, flag, *vectors), grad_input)
+    return Kernel(name, types.void(counter, scratch, indices, table, *addresses, *kinds, flag, *vectors), grad_input)

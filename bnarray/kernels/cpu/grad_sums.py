@@ -15,8 +15,19 @@ from functools import cache
 import numpy as np
 from numba import types
 
-from bnarray.kernels.cpu.coefficients import coefficients, of_features
-from bnarray.kernels.cpu.compiled import Kernel, counter, index, indices, machinery, mapping, partials, table, vector
+from bnarray.kernels.cpu.coefficients import carve_coefficients, fill, of_features
+from bnarray.kernels.cpu.compiled import (
+    Kernel,
+    counter,
+    index,
+    indices,
+    machinery,
+    mapping,
+    partials,
+    scratch,
+    table,
+    vector,
+)
 from bnarray.kernels.cpu.gate import (
     OPEN,
     RELU_ONTO,
@@ -26,8 +37,8 @@ from bnarray.kernels.cpu.gate import (
     gate_rows_onto,
 )
 from bnarray.kernels.cpu.lanes import MOST, clear, panel, panels, total, width_of
-from bnarray.kernels.cpu.memory import item_of, line, load, tile_of
-from bnarray.kernels.cpu.walk import TILE, address_of, steps_of, tiles
+from bnarray.kernels.cpu.memory import carve, carve_rows, item_of, line, load, room_in, tile_of
+from bnarray.kernels.cpu.walk import TILE, address_of, carve_place, steps_of, tiles
 
 
 @machinery
@@ -85,13 +96,16 @@ def kernel(dtype, is_columns, gate):
     like = dtype(0)
 
     # Operands 1, 2, 3 of the axes are x, dy and the residual.
-    def grad_sums(counter, grid, axes, x, dy, residual, kind, dy_kind, mean, scale, bias, sum_dz, sum_dz_x):
-        values, gradients = np.empty(grid[TILE], dtype), np.empty(grid[TILE], dtype)
-        gated = np.empty(0 if gate == OPEN else grid[TILE], dtype)
-        added = np.empty(grid[TILE] if gate == RELU_ONTO else 0, dtype)
-        sums = np.empty((3, MOST))
-        of_all = coefficients(mean, scale, bias, dtype)
-        for group, rows, columns, first, last, place in tiles(counter, grid, axes):
+    def grad_sums(counter, scratch, grid, axes, x, dy, residual, kind, dy_kind, mean, scale, bias, sum_dz, sum_dz_x):
+        place, room = carve_place(room_in(scratch), axes)
+        values, room = carve(room, grid[TILE], like)
+        gradients, room = carve(room, grid[TILE], like)
+        gated, room = carve(room, 0 if gate == OPEN else grid[TILE], like)
+        added, room = carve(room, grid[TILE] if gate == RELU_ONTO else 0, like)
+        sums, room = carve_rows(room, 3, MOST, 0.0)
+        of_all, room = carve_coefficients(room, mean.size, like)
+        fill(of_all, mean, scale, bias)
+        for group, rows, columns, first, last in tiles(counter, grid, axes, place):
             x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
             dy_at = address_of(dy, axes, 2, place)
             dz_tile = load(dy_at, steps_of(axes, 2), rows, columns, dy_kind, gradients)
@@ -110,7 +124,9 @@ def kernel(dtype, is_columns, gate):
     addresses = (index, index, index)
     vectors = (vector, vector, vector)
     return Kernel(
-        name, types.void(counter, indices, table, *addresses, index, index, *vectors, partials, partials), grad_sums
+        name,
+        types.void(counter, scratch, indices, table, *addresses, index, index, *vectors, partials, partials),
+        grad_sums,
     )
 
 

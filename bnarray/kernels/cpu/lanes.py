@@ -3,7 +3,7 @@
 Left to the compiler (`reassoc`), the order of a vectorised sum depends on what else it compiled: the same source,
 compiled by two processes, gave sums that differed in the last bit. So a tile of one feature is summed like one of many:
 lines of equal length are added up element by element into lanes, which vectorises without any licence to reorder, and
-then the lanes by halves.
+then the lanes in eights.
 """
 
 from bnarray.kernels.cpu.compiled import machinery, mapping
@@ -40,21 +40,14 @@ def panel(tile, columns, row, begin, item):
 @mapping
 def clear(lanes, columns):
     """Set as many lanes to 0 as `total` adds up."""
-    size = 1
-    while size < columns:
-        size *= 2
-    lanes[:size] = 0
+    lanes[: (columns + 7) // 8 * 8] = 0
 
 
 @mapping
 def total(lanes, columns):
-    """Add up the lanes, by halves."""
-    size = 1
-    while size < columns:
-        size *= 2
-    while size > 1:
-        size //= 2
-        low, high = lanes[:size], lanes[size : 2 * size]
-        for j in range(low.size):
-            low[j] += high[j]
-    return lanes[0]
+    """Add up the lanes: eights in order, then the eight by halves."""
+    for begin in range(8, columns, 8):
+        eight = lanes[begin : begin + 8]
+        for j in range(8):
+            lanes[j] += eight[j]
+    return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]))

@@ -7,8 +7,9 @@ a buffer of one tile, a copy whose cost disappears behind the memory bus.
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, types
+from numba import types
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 from bnarray.kernels.cpu.compiled import Kernel, machinery, mapping, named
 
@@ -17,15 +18,36 @@ FLOAT16, BFLOAT16, FLOAT32, FLOAT64, BOOL = range(5)
 NOWHERE = 0  # the address of an operand that a kernel does not read, and of a tile that is not in memory yet
 
 
+def _array_at(context, builder, kind, address, size):
+    """Emit an array of one axis over memory that it does not own."""
+    array = context.make_array(kind)(context, builder)
+    item = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype)))
+    pointer = builder.inttoptr(address, context.get_data_type(kind.dtype).as_pointer())
+    populate_array(array, data=pointer, shape=[size], strides=[item], itemsize=item, meminfo=None)
+    return array._getvalue()
+
+
 @intrinsic
-def _pointer(typingctx, address, like):
-    """The address as a pointer to values of like's type."""
-    pointer = types.CPointer(like)
+def view(typingctx, address, size, like):
+    """The contiguous array of like's type at an aligned address."""
+    kind = types.Array(like, 1, "C")
 
     def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(pointer))
+        return _array_at(context, builder, kind, args[0], args[1])
 
-    return pointer(types.int64, like), codegen
+    return kind(types.int64, types.int64, like), codegen
+
+
+@intrinsic
+def line(typingctx, at, step, row, size, like):
+    """A line of a tile: contiguous values of like's type."""
+    kind = types.Array(like, 1, "C")
+
+    def codegen(context, builder, signature, args):
+        address = builder.add(args[0], builder.mul(args[2], args[1]))
+        return _array_at(context, builder, kind, address, args[3])
+
+    return kind(types.int64, types.int64, types.int64, types.int64, like), codegen
 
 
 @intrinsic
@@ -68,9 +90,32 @@ def _bits_of_single(typingctx, value):
 
 
 @machinery
-def view(address, size, like):
-    """The contiguous array of like's type at an aligned address."""
-    return carray(_pointer(address, like), (size,))
+def item_of(like):
+    """The bytes of a value of like's type."""
+    return view(0, 0, like).itemsize
+
+
+@machinery
+def room_in(scratch):
+    """Memory that `carve` takes from: its address and its end."""
+    return (scratch.ctypes.data + 63) // 64 * 64, scratch.ctypes.data + scratch.size
+
+
+@machinery
+def carve(room, size, like):
+    """An array of like's type for the kernel's own use, and the room that is left."""
+    at, end = room
+    after = at + (size * item_of(like) + 63) // 64 * 64
+    if after > end:
+        raise MemoryError("a kernel's scratch memory is too small")
+    return view(at, size, like), (after, end)
+
+
+@machinery
+def carve_rows(room, rows, size, like):
+    """As `carve`, an array of two axes."""
+    flat, room = carve(room, rows * size, like)
+    return flat.reshape(rows, size), room
 
 
 def _address_kernel(name, kind):
@@ -210,18 +255,6 @@ def _write(line, address, step, kind):
         _write_half(line, address, step)
     else:
         _write_bfloat(line, address, step)
-
-
-@machinery
-def line(at, step, row, size, like):
-    """A line of a tile: contiguous values of like's type."""
-    return view(at + row * step, size, like)
-
-
-@machinery
-def item_of(like):
-    """The bytes of a value of like's type."""
-    return view(0, 0, like).itemsize
 
 
 @machinery

@@ -15,10 +15,10 @@ from functools import cache
 import numpy as np
 from numba import types
 
-from bnarray.kernels.cpu.coefficients import coefficients, of_features, of_line
-from bnarray.kernels.cpu.compiled import Kernel, counter, flag, index, indices, mapping, table, vector
-from bnarray.kernels.cpu.memory import line, load, store, target
-from bnarray.kernels.cpu.walk import TILE, address_of, steps_of, tiles
+from bnarray.kernels.cpu.coefficients import carve_coefficients, fill, of_features, of_line
+from bnarray.kernels.cpu.compiled import Kernel, counter, flag, index, indices, mapping, scratch, table, vector
+from bnarray.kernels.cpu.memory import carve, line, load, room_in, store, target
+from bnarray.kernels.cpu.walk import TILE, address_of, carve_place, steps_of, tiles
 
 
 @mapping
@@ -75,11 +75,14 @@ def kernel(dtype, is_columns, onto):
     like = dtype(0)
 
     # Operands 1, 2, 3 of the axes are x, y and the residual.
-    def normalize(counter, grid, axes, x, y, residual, kind, in_place, mean, scale, bias, relu):
-        values, results = np.empty(grid[TILE], dtype), np.empty(grid[TILE], dtype)
-        added = np.empty(grid[TILE] if onto else 0, dtype)
-        of_all = coefficients(mean, scale, bias, dtype)
-        for _, rows, columns, first, last, place in tiles(counter, grid, axes):
+    def normalize(counter, scratch, grid, axes, x, y, residual, kind, in_place, mean, scale, bias, relu):
+        place, room = carve_place(room_in(scratch), axes)
+        values, room = carve(room, grid[TILE], like)
+        results, room = carve(room, grid[TILE], like)
+        added, room = carve(room, grid[TILE] if onto else 0, like)
+        of_all, room = carve_coefficients(room, mean.size, like)
+        fill(of_all, mean, scale, bias)
+        for _, rows, columns, first, last in tiles(counter, grid, axes, place):
             y_at, y_steps = address_of(y, axes, 2, place), steps_of(axes, 2)
             x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
             y_tile = target(y_at, y_steps, rows, columns, kind, results, in_place)
@@ -94,5 +97,7 @@ def kernel(dtype, is_columns, onto):
     name = f"normalize_{'onto_' * onto}{'columns' if is_columns else 'rows'}_{dtype.__name__}"
     addresses = (index, index, index)
     return Kernel(
-        name, types.void(counter, indices, table, *addresses, index, flag, vector, vector, vector, flag), normalize
+        name,
+        types.void(counter, scratch, indices, table, *addresses, index, flag, vector, vector, vector, flag),
+        normalize,
     )

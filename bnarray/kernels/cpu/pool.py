@@ -12,6 +12,7 @@ from typing import Any
 
 import numba
 import numpy as np
+import numpy.typing as npt
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -57,8 +58,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-def _help(compiled: Callable[..., None], arguments: tuple[Any, ...], owners: tuple[object, ...]) -> None:
-    compiled(*arguments)
+def _work(
+    compiled: Callable[..., None],
+    counter: npt.NDArray[np.int64],
+    room: int,
+    arguments: tuple[Any, ...],
+    owners: tuple[object, ...],
+) -> None:
+    compiled(counter, np.empty(room, np.uint8), *arguments)
 
 
 def _helpers(number: int, *task: Any) -> list[Future[None]]:
@@ -67,26 +74,27 @@ def _helpers(number: int, *task: Any) -> list[Future[None]]:
         most = max(1, int(numba.config.NUMBA_NUM_THREADS) - 1)
         _executor = ThreadPoolExecutor(most, thread_name_prefix="bnarray")
     try:
-        return [_executor.submit(_help, *task) for _ in range(number)]
+        return [_executor.submit(_work, *task) for _ in range(number)]
     except RuntimeError:  # the interpreter is shutting down and starts no more threads
         return []
 
 
-def run(kernel: Kernel, pieces: int, owners: tuple[object, ...], *arguments: Any) -> None:
-    """Call ``kernel(counter, *arguments)`` from as many threads as there are pieces for; return when all are done.
+def run(kernel: Kernel, pieces: int, room: int, owners: tuple[object, ...], *arguments: Any) -> None:
+    """Call ``kernel(counter, scratch, *arguments)`` from as many threads as there are pieces for, until all are done.
 
-    The arguments hold addresses; `owners` are the arrays there. A helper keeps them alive, so that an interruption of
-    the caller (Ctrl-C) never leaves it working on memory that is gone.
+    Each has `room` bytes of scratch memory. The arguments hold addresses; `owners` are the arrays there. A helper keeps
+    them alive, so that an interruption of the caller (Ctrl-C) never leaves it working on memory that is gone.
     """
     compiled = kernel.compiled
     counter = np.zeros(1, np.int64)
     helpers = min(threads(), pieces) - 1 if pieces > 1 else 0
     if helpers <= 0:
-        compiled(counter, *arguments)
+        compiled(counter, np.empty(room, np.uint8), *arguments)
         return
-    futures = _helpers(helpers, compiled, (counter, *arguments), owners)
+    task = compiled, counter, room, arguments, owners
+    futures = _helpers(helpers, *task)
     try:
-        compiled(counter, *arguments)
+        _work(*task)
     finally:
         started = [future for future in futures if not future.cancel()]
         wait(started)

@@ -4,9 +4,8 @@
 and a row for their sizes, then one for each operand's strides in bytes. `place` is a tile's index along each axis.
 """
 
-import numpy as np
-
 from bnarray.kernels.cpu.compiled import machinery
+from bnarray.kernels.cpu.memory import carve
 from bnarray.kernels.cpu.pool import take
 
 # fmt: off
@@ -16,6 +15,14 @@ DOWN, ACROSS, OUTER_AT = range(3)
 
 #: How tiles lie to features, as in `layout`.
 ROWS, COLUMNS, LINES = range(3)
+
+
+@machinery
+def carve_place(room, axes):
+    """A tile's index along each axis, 0 so far, and the room that is left."""
+    place, room = carve(room, axes.shape[1], 0)
+    place[:] = 0
+    return place, room
 
 
 @machinery
@@ -80,9 +87,8 @@ def steps_of(axes, operand):
 
 
 @machinery
-def tiles(counter, grid, axes):
-    """Yield the tiles of every piece that this thread takes: (group, rows, columns, first, last feature, place)."""
-    place = np.zeros(axes.shape[1], np.int64)
+def tiles(counter, grid, axes, place):
+    """Yield the tiles of every piece that this thread takes: (group, rows, columns, first, last feature); set place."""
     piece = take(counter)
     while piece < grid[PIECES]:
         group, block = divmod(piece, grid[BLOCKS])
@@ -93,5 +99,5 @@ def tiles(counter, grid, axes):
                 columns, first, last = place_span(grid, axes, span, place)
                 if grid[FAMILY] == LINES:
                     rows = last - first
-                yield group, rows, columns, first, last, place
+                yield group, rows, columns, first, last
         piece = take(counter)

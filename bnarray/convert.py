@@ -49,7 +49,7 @@ def fold(kernel: Array, bias: Array | None, layer: BatchNorm, *, axis: int = 0) 
         raise TypeError(f"layer is a {type(layer).__name__}; it should be a BatchNorm")
     verbs = backend(kernel, "kernel")
     verbs.check(kernel, "kernel")
-    same_backend(verbs, "kernel", bias=bias)
+    same_backend(verbs, "kernel", "bias", bias)
     shape = layer.stats.features_shape
     try:
         axis = operator.index(axis)

@@ -24,12 +24,15 @@ VERBS = (
 class Transform(NamedTuple):
     """What is done to x, as verbs take it: ``relu((x - mean) * invstd * weight + bias + residual)``.
 
-    The vectors are float64 of the features' shape; `kept` are the feature axes, ascending.
+    ``invstd = 1 / sqrt(m2 / count + eps)``. The arrays are float64 of the features' shape; `kept` are the feature axes,
+    ascending.
     """
 
     kept: tuple[int, ...]
+    count: Any  # a number or an array
     mean: Array
-    invstd: Array
+    m2: Array
+    eps: float
     weight: Array | None
     bias: Array | None
     relu: bool
@@ -129,19 +132,19 @@ def default_backend() -> Verbs:
     return _verbs("numpy", load("numpy"))
 
 
-def same_backend(verbs: Verbs, of: str, **arrays: Array) -> None:
-    """Check that every array that is not None belongs to the library whose verbs are given, that of the argument `of`.
+def same_backend(verbs: Verbs, of: str, name: str, array: Array) -> None:
+    """Check that an array, if it is not None, belongs to the library whose verbs are given, that of the argument `of`.
 
     Raises
     ------
     TypeError
         Naming both libraries and the conversion.
     """
-    for name, array in arrays.items():
-        if array is not None and _verbs_of_type.get(type(array)) is not verbs:
-            other = backend(array, name)
-            if other is not verbs:
-                raise TypeError(
-                    f"{name} is an array of {other.library} and {of} one of {verbs.library}; convert one of them, for "
-                    f"example by {verbs.library}'s from_dlpack({name})"
-                )
+    if array is None or _verbs_of_type.get(type(array)) is verbs:
+        return
+    other = backend(array, name)
+    if other is not verbs:
+        raise TypeError(
+            f"{name} is an array of {other.library} and {of} one of {verbs.library}; convert one of them, for "
+            f"example by {verbs.library}'s from_dlpack({name})"
+        )

@@ -30,14 +30,13 @@ class Saved:
     """What the backward pass needs, and no more.
 
     `x`, `where` and (under ReLU) the transform's `residual` are the caller's arrays, not to be modified until then; all
-    else is copies of per-feature vectors in float64. `moments` are the batch's; they, and `count`, are None where the
-    statistics were constants.
+    else is copies of per-feature vectors in float64. `moments` are the batch's; None where the statistics were
+    constants.
     """
 
     x: Array
     transform: Transform
     where: Array | None
-    count: Count | None
     moments: Moments | None
     weight_dtype: Any
     bias_dtype: Any
@@ -171,13 +170,12 @@ def batch_norm_forward(
         kept_residual = kept_x if residual is x else verbs.copy(kept_residual)
     overwritten = kept_x is not call.x or (kept_residual is not None and kept_residual is not call.residual)
     guide = verbs.guide(call.x, call.x if kept_residual is None else call.residual) if overwritten else None
-    y, transform, batch = _forward(call)
+    y, transform = _forward(call)
     return y, Saved(
         x=kept_x,
         transform=transform._replace(residual=kept_residual, guide=guide),
         where=call.where,
-        count=None if batch is None else batch.count,
-        moments=batch,
+        moments=Moments.of(transform.count, transform.mean, transform.m2) if training else None,
         weight_dtype=None if weight is None else weight.dtype,
         bias_dtype=None if bias is None else bias.dtype,
         has_residual=residual is not None,
@@ -228,7 +226,8 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
         raise TypeError(f"saved is a {type(saved).__name__}; it should be what batch_norm_forward returned with y")
     x, transform = saved.x, saved.transform
     verbs = backend(x)
-    same_backend(verbs, "x", dy=dy, out=out)
+    same_backend(verbs, "x", "dy", dy)
+    same_backend(verbs, "x", "out", out)
     if dy is None:
         raise TypeError("dy is None; it should be the gradient of y")
     dy = verbs.check(dy, "dy")
@@ -247,8 +246,8 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
         sum_dz = sum_dz_x = verbs.zeros(features_shape(x.shape, transform.kept), x)
     else:
         sum_dz, sum_dz_x = verbs.grad_sums(dy, x, transform)
-        sums = None if saved.count is None else (sum_dz, sum_dz_x)
-        dx, dz = verbs.grad_input(dy, x, transform, saved.where, saved.count, sums, out)
+        sums = None if saved.moments is None else (sum_dz, sum_dz_x)
+        dx, dz = verbs.grad_input(dy, x, transform, saved.where, sums, out)
     dweight = None if transform.weight is None else verbs.cast(sum_dz_x, saved.weight_dtype)
     dbias = None if transform.bias is None else verbs.cast(sum_dz, saved.bias_dtype)
     if not saved.has_residual:
@@ -284,11 +283,11 @@ def moments(x: Array, *, axis: int | tuple[int, ...] = 1, where: Array | None = 
     verbs = backend(x)
     x = verbs.check(x, "x")
     kept = kept_axes(axis, x.ndim)
-    same_backend(verbs, "x", where=where)
     if where is not None:
+        same_backend(verbs, "x", "where", where)
         where = verbs.check_where(x, where)
     _check_group(group)
-    return _moments(verbs, x, kept, where)
+    return Moments.of(*_moments(verbs, x, kept, where))
 
 
 class _Call(NamedTuple):
@@ -329,19 +328,20 @@ def _checked(
     x = verbs.check(x, "x")
     kept = kept_axes(axis, x.ndim)
     features = features_shape(x.shape, kept)
-    same_backend(verbs, "x", weight=weight, bias=bias, where=where, residual=residual, out=out)
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None:
-            verbs.check(parameter, name)
-            if tuple(parameter.shape) != features:
-                raise ValueError(f"{name} has shape {tuple(parameter.shape)}; it should have the features', {features}")
-    _check_stats(stats, training, features)
+    if weight is not None:
+        _check_parameter(verbs, "weight", weight, features)
+    if bias is not None:
+        _check_parameter(verbs, "bias", bias, features)
+    if stats is not None or not training:
+        _check_stats(stats, training, features)
     eps = checked_number(eps, "eps")
     if where is not None:
+        same_backend(verbs, "x", "where", where)
         where = verbs.check_where(x, where)
     if activation is not None and not (isinstance(activation, str) and activation == "relu"):
         raise ValueError(f"activation is {activation!r}; it should be None or 'relu'")
     if residual is not None:
+        same_backend(verbs, "x", "residual", residual)
         residual = verbs.check(residual, "residual")
         if residual.dtype != x.dtype:
             raise TypeError(f"residual has dtype {residual.dtype}; it should have x's, {x.dtype}")
@@ -349,10 +349,19 @@ def _checked(
             raise ValueError(f"residual has shape {tuple(residual.shape)}; it should have x's, {tuple(x.shape)}")
     _check_group(group)
     if out is not None:
+        same_backend(verbs, "x", "out", out)
         needed = {"weight": weight, "bias": bias, "where": where}
         allowed = {"x": x} if residual is None else {"x": x, "residual": residual}
         verbs.check_out(out, x, allowed, {name: array for name, array in needed.items() if array is not None})
-    return _Call(verbs, x, kept, weight, bias, stats, training, eps, where, activation == "relu", residual, out)
+    relu = activation is not None
+    return _Call(verbs, x, kept, weight, bias, stats, training, eps, where, relu, residual, out)
+
+
+def _check_parameter(verbs: Verbs, name: str, parameter: Array, features: tuple[int, ...]) -> None:
+    same_backend(verbs, "x", name, parameter)
+    verbs.check(parameter, name)
+    if tuple(parameter.shape) != features:
+        raise ValueError(f"{name} has shape {tuple(parameter.shape)}; it should have the features', {features}")
 
 
 def _check_stats(stats: RunningStats | Moments | None, training: bool, features: tuple[int, ...]) -> None:
@@ -363,11 +372,7 @@ def _check_stats(stats: RunningStats | Moments | None, training: bool, features:
             raise TypeError("stats is a Moments, which cannot be updated; pass training=False, or a RunningStats")
         shape = tuple(stats.mean.shape)
     elif stats is None:
-        if not training:
-            raise TypeError(
-                "stats is None; with training=False it should be the RunningStats or Moments that normalise"
-            )
-        return
+        raise TypeError("stats is None; with training=False it should be the RunningStats or Moments that normalise")
     else:
         raise TypeError(f"stats is a {type(stats).__name__}; it should be a RunningStats or a Moments")
     if shape != features:
@@ -379,57 +384,49 @@ def _check_group(group: Any) -> None:
         raise NotImplementedError("group: statistics over several processes are not available yet; pass None")
 
 
-def _moments(verbs: Verbs, x: Array, kept: tuple[int, ...], where: Array | None) -> Moments:
+def _moments(verbs: Verbs, x: Array, kept: tuple[int, ...], where: Array | None) -> tuple[Count, Array, Array]:
     if 0 in x.shape:
         nothing = verbs.zeros(features_shape(x.shape, kept), x)
-        return Moments.of(0, nothing, nothing)
+        return 0, nothing, nothing
     count, mean, m2 = verbs.moments(x, kept, where)
     if where is not None and not verbs.is_finite(verbs.zeros((), x) + count):
         raise ValueError("where holds weights whose sum is beyond the largest number; scale them")
-    return Moments.of(count, mean, m2)
+    return count, mean, m2
 
 
-def _given(stats: RunningStats | Moments | None) -> tuple[Count, Array, Array]:
+def _given(verbs: Verbs, x: Array, stats: RunningStats | Moments | None) -> tuple[Count, Array, Array]:
     """The statistics to evaluate with, as (count, mean, m2)."""
     if isinstance(stats, Moments):
-        return stats.count, stats.mean, stats.m2
-    assert stats is not None, "checked before"
-    return 1, *stats.mean_and_var()
-
-
-def _forward(call: _Call) -> tuple[Array, Transform, Moments | None]:
-    """Return (y, what was done to x, the batch's moments): what can fail first, then out, then the update."""
-    verbs, stats, x = call.verbs, call.stats, call.x
-    weight, bias = (None if each is None else verbs.widen(each) for each in (call.weight, call.bias))
-    y = moments = invstd = update = None
-    if call.training:
-        moments, invstd, y = _moments_and_output(call, weight, bias)
-        if isinstance(stats, RunningStats):
-            update = stats.prepare(moments)
-        count, mean, m2 = moments.count, moments.mean, moments.m2
+        count = stats.count if isinstance(stats.count, int | float) else verbs.convert(stats.count, x)
+        mean, m2 = stats.mean, stats.m2
     else:
-        count, mean, m2 = _given(stats)
-        count = count if isinstance(count, int | float) else verbs.convert(count, x)
-        mean, m2 = verbs.convert(mean, x), verbs.convert(m2, x)
-    if invstd is None:
-        invstd = verbs.invstd(count, m2, call.eps)
-    transform = Transform(call.kept, mean, invstd, weight, bias, call.relu, call.residual)
+        assert stats is not None, "checked before"
+        count = 1
+        mean, m2 = stats.mean_and_var()
+    return count, verbs.convert(mean, x), verbs.convert(m2, x)
+
+
+def _forward(call: _Call) -> tuple[Array, Transform]:
+    """Return (y, what was done to x): first what can fail, then out, then the update."""
+    verbs, x, kept, weight, bias, stats, training, eps, where, relu, residual, out = call
+    weight = None if weight is None else verbs.widen(weight)
+    bias = None if bias is None else verbs.widen(bias)
+    y = update = None
+    if not training:
+        transform = Transform(kept, *_given(verbs, x, stats), eps, weight, bias, relu, residual)
+    else:
+        batch = None
+        if out is None and residual is None and where is None and 0 not in x.shape:
+            # All in one go, because it goes into memory that nobody has seen yet.
+            batch = verbs.forward(x, kept, eps, weight, bias, relu)
+        count, mean, m2, y = batch or (*_moments(verbs, x, kept, where), None)
+        transform = Transform(kept, count, mean, m2, eps, weight, bias, relu, residual)
+        if isinstance(stats, RunningStats):
+            update = stats.prepare(count, mean, m2)
     if 0 in x.shape:
-        y = verbs.empty_like(x) if call.out is None else call.out
+        y = verbs.empty_like(x) if out is None else out
     elif y is None:
-        y = verbs.normalize(x, transform, call.out)
+        y = verbs.normalize(x, transform, out)
     if update is not None:
         update()
-    return y, transform, moments
-
-
-def _moments_and_output(
-    call: _Call, weight: Array | None, bias: Array | None
-) -> tuple[Moments, Array | None, Array | None]:
-    """The batch's moments and, where the backend finds all in one go, invstd and y: in memory nobody has seen yet."""
-    if call.out is None and call.residual is None and call.where is None and 0 not in call.x.shape:
-        fused = call.verbs.forward(call.x, call.kept, call.eps, weight, bias, call.relu)
-        if fused is not None:
-            count, mean, m2, invstd, y = fused
-            return Moments.of(count, mean, m2), invstd, y
-    return _moments(call.verbs, call.x, call.kept, call.where), None, None
+    return y, transform

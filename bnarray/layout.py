@@ -168,6 +168,8 @@ def kept_axes(axis: object, ndim: int) -> tuple[int, ...]:
     ValueError
         If an axis is out of range, or named twice.
     """
+    if type(axis) is int and -ndim <= axis < ndim:  # nearly always
+        return (axis % ndim,)
     given = axis if isinstance(axis, tuple) else (axis,)
     kept = set()
     for each in given:
@@ -186,7 +188,7 @@ def kept_axes(axis: object, ndim: int) -> tuple[int, ...]:
 
 def features_shape(shape: Sequence[int], kept: tuple[int, ...]) -> tuple[int, ...]:
     """Return x's sizes along the kept axes."""
-    return tuple(shape[i] for i in kept)
+    return tuple([shape[i] for i in kept])  # a list is built faster than a generator runs
 
 
 def along_features(shape: Sequence[int], kept: tuple[int, ...]) -> tuple[int, ...]:

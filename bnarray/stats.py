@@ -354,18 +354,18 @@ class RunningStats:
         FloatingPointError
             If a number is not finite and ``nonfinite="raise"``.
         """
-        self.prepare(moments)()
-
-    def prepare(self, moments: Moments) -> Callable[[], None]:
-        """Decide what an update with moments does, raise or warn if it must, and return the function that does it."""
         if not isinstance(moments, Moments):
             raise TypeError(f"moments is a {type(moments).__name__}; it should be Moments: see bnarray.moments")
         if tuple(moments.mean.shape) != self._shape:
             raise ValueError(f"moments has features of shape {tuple(moments.mean.shape)}; it should be {self._shape}")
-        if any(frozen is self for frozen in _frozen.get()):
+        self.prepare(moments.count, moments.mean, moments.m2)()
+
+    def prepare(self, count: Count, mean: Array, m2: Array) -> Callable[[], None]:
+        """Decide what an update with a batch does, raise or warn if it must, and return the function that does it."""
+        if self in _frozen.get():
             return _nothing
-        verbs = backend(moments.mean)
-        lowest = verbs.lowest(moments.count)
+        verbs = backend(mean)
+        lowest = count if isinstance(count, int | float) else verbs.lowest(count)
         if lowest == 0:
             return _nothing
         if self._update_rate is not None and lowest <= self._correction:
@@ -373,14 +373,14 @@ class RunningStats:
                 f"the batch has {lowest:g} value(s) of a feature, too few for a running variance with correction "
                 f"{self._correction:g}; give larger batches, or correction=0, or update_rate=None"
             )
-        if self._nonfinite != "propagate" and not verbs.is_finite(moments.mean, moments.m2):
+        if self._nonfinite != "propagate" and not verbs.is_finite(mean, m2):
             if self._nonfinite == "raise":
                 raise FloatingPointError(
                     "the batch's statistics hold a NaN or an infinity; the running ones are unchanged"
                 )
             _warn("the batch's statistics hold a NaN or an infinity; the running ones skip it (see num_skipped)")
             return self._skip
-        return partial(self._take_in, moments)
+        return partial(self._take_in, count, mean, m2)
 
     def _replace(self, change: Callable[[_State], _State]) -> None:
         """Exchange the state for a changed one; begin again if another thread was faster."""
@@ -395,23 +395,25 @@ class RunningStats:
     def _skip(self) -> None:
         self._replace(lambda state: state._replace(num_skipped=state.num_skipped + 1))
 
-    def _take_in(self, moments: Moments) -> None:
+    def _take_in(self, count: Count, mean: Array, m2: Array) -> None:
         like = self._state.mean
         verbs = backend(like)
-        count = moments.count if isinstance(moments.count, int | float) else verbs.convert(moments.count, like)
-        batch = count, verbs.convert(moments.mean, like), verbs.convert(moments.m2, like)
+        count = count if isinstance(count, int | float) else verbs.convert(count, like)
+        batch = count, verbs.convert(mean, like), verbs.convert(m2, like)
         self._replace(lambda state: self._after(state, batch, num_updates=1))
 
     def _after(self, state: _State, batch: tuple[Count, Array, Array], num_updates: int) -> _State:
         verbs = backend(state.mean)
-        m2 = None
+        num_updates += state.num_updates
         if self._update_rate is None:
             count, mean, m2 = verbs.merge(state.count, state.mean, state.m2, *batch)
             var = verbs.variance(count, m2, self._correction, 1.0)
-        else:
-            count = state.count + batch[0]
-            mean, var = verbs.update_stats(state.mean, state.var, batch, self._update_rate, self._correction)
-        return self._held(_State(count, mean, var, m2, state.num_updates + num_updates, state.num_skipped))
+            return self._held(_State(count, mean, var, m2, num_updates, state.num_skipped))
+        mean, var = verbs.update_stats(state.mean, state.var, batch, self._update_rate, self._correction)
+        count = state.count + batch[0]
+        if not isinstance(count, int | float):
+            count = verbs.freeze(count)
+        return _State(count, mean, var, None, num_updates, state.num_skipped)
 
     def _held(self, state: _State) -> _State:
         """The state with arrays that nobody can change."""
@@ -597,6 +599,8 @@ class RunningStats:
 
 def checked_number(value: object, name: str, *, most: float | None = None) -> float:
     """Return value if it is a number from 0 (to `most`)."""
+    if type(value) is float and 0 <= value < inf and most is None:  # nearly always
+        return value
     try:
         if isinstance(value, str | bytes):
             raise TypeError

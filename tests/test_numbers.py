@@ -86,7 +86,6 @@ def test_constant_feature() -> None:
     x = np.full((1000, 3), 0.1, np.float32)
     y, saved = bn.batch_norm_forward(x, eps=0)
     assert (saved.moments.m2 == 0).all()
-    assert (saved.transform.invstd == 0).all()
     np.testing.assert_array_equal(y, 0)
     assert np.isfinite(bn.batch_norm_backward(np.ones_like(x), saved).x).all()
 

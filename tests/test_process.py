@@ -267,12 +267,14 @@ def test_fork_during_an_update(run_python: Callable[..., str]) -> None:
 import os, threading, time, warnings
 warnings.simplefilter("ignore", DeprecationWarning)  # as above
 import numpy as np, bnarray as bn
-from bnarray.kernels.cpu import features
-compiled = type(features.running).compiled.fget
-def slowly(kernel):
-    time.sleep(0.05)
-    return compiled(kernel)
-type(features.running).compiled = property(slowly)
+from bnarray.kernels.cpu import compiled, features
+kernel = type(features.running)
+compile = kernel.compile
+def slowly(self):
+    with compiled._compiling:
+        time.sleep(0.05)
+        compile(self)
+kernel.compile = slowly
 x, stats = np.random.default_rng(0).normal(size=(30, 2)), bn.RunningStats(2)
 thread = threading.Thread(target=lambda: [bn.batch_norm(x, stats=stats) for _ in range(5)])
 thread.start()

@@ -1,22 +1,27 @@
 """The adapter between libraries that hand out strided memory and the CPU kernels.
 
-Arrays come as `Memory`, per-feature vectors as flat NumPy arrays of float64. Planning (which tiles, in which order) is
-cached per combination of shapes, axes and strides; execution is one kernel call a verb.
+Arrays come as `Memory`, per-feature vectors as flat NumPy arrays of float64. Planning (which kernel, which tiles, in
+which order) is cached per combination of shapes, axes and strides; execution is one kernel call a verb.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from bnarray.dispatch import Array, Transform
 from bnarray.kernels.cpu import coefficients, forward, gate, grad_input, grad_sums, memory, moments, normalize, pool
+from bnarray.kernels.cpu.compiled import Kernel
 from bnarray.kernels.cpu.lanes import MOST
 from bnarray.kernels.cpu.memory import NOWHERE
+from bnarray.kernels.cpu.walk import FAMILY
 from bnarray.layout import COLUMNS, features_shape, layout
 
 Vector: TypeAlias = npt.NDArray[np.float64]
+Strides: TypeAlias = tuple[int, ...]
 
 
 class Memory(NamedTuple):
@@ -26,7 +31,7 @@ class Memory(NamedTuple):
     address: int
     kind: int
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    strides: Strides
 
 
 # Elements. On fewer, a helper that wakes up finds too little left: handing out costs about 100 µs.
@@ -35,56 +40,55 @@ WORTH_SHARING = 2**20
 # Bytes of a feature's tiles that stay in the cache of one core between two reads.
 CACHED = 2**20
 
-# In a kernel's scratch memory: lines of sums, and bytes lost between its arrays.
-_SUMS, _BETWEEN = 4, 2048
-
 # Features that give every thread some, whichever finishes last.
 MANY = 16
 
+# In a kernel's scratch memory: lines of sums, and bytes lost between its arrays.
+_SUMS, _BETWEEN = 4, 2048
 
-class Flat(NamedTuple):
-    """A `dispatch.Transform` with flat vectors; scale is invstd · weight."""
-
-    kept: tuple[int, ...]
-    mean: Vector
-    invstd: Vector
-    scale: Vector
-    bias: Vector
-    relu: bool
-    residual: Memory | None
-    guide: tuple[tuple[int, ...], ...]  # strides that planning follows before any operand's
-
-    @property
-    def gate(self) -> int:
-        return gate.OPEN if not self.relu else gate.RELU if self.residual is None else gate.RELU_ONTO
+#: Where there is no weight, bias or count of each feature.
+NONE = np.empty(0)
 
 
-class _Plan(NamedTuple):
-    family: int
+class _Step(NamedTuple):
+    """A kernel, and where its tiles lie."""
+
+    kernel: Kernel
+    wide: Callable[[], Kernel]  # the same for tiles of float64, for when the data is beyond float32
+    features: int
     groups: int
     pieces: int  # for threads to share; 1 where that is not worth it
-    tile: int
-    width: int
+    room: int  # bytes of scratch memory
     grid: npt.NDArray[np.int64]
     axes: npt.NDArray[np.int64]
 
-    @property
-    def is_columns(self) -> bool:
-        return self.family == COLUMNS
-
-    def room(self, tiles: int, numbers: int = 0) -> int:
-        """Bytes for a kernel's own use: tiles, lines of sums, and numbers of float64."""
-        return 8 * (tiles * self.tile + _SUMS * max(self.width, MOST) + self.axes.size + numbers) + _BETWEEN
+    def run(self, owners: tuple[object, ...], *arguments: Any) -> None:
+        """Call the kernel; where it refuses, the one for float64."""
+        if not pool.run(self.kernel, self.pieces, self.room, owners, self.grid, self.axes, *arguments):
+            pool.run(self.wide(), self.pieces, self.room, owners, self.grid, self.axes, *arguments)
 
 
-@lru_cache(maxsize=4096)
-def _plan(
+def _tile_type(kind: int) -> Any:
+    return np.float64 if kind == memory.FLOAT64 else np.float32
+
+
+def _step(
+    kernel: Callable[..., Kernel],
+    options: tuple[Any, ...],
+    tile_type: Any,
     shape: tuple[int, ...],
     kept: tuple[int, ...],
-    *strides: tuple[int, ...],
-    guide: tuple[tuple[int, ...], ...] = (),
+    strides: tuple[Strides, ...],
+    *,
+    tiles: int,
+    vectors: int = coefficients.VECTORS,
+    guide: tuple[Strides, ...] = (),
     element_wise: bool = False,
-) -> _Plan:
+) -> _Step:
+    """Plan a kernel that holds so many tiles, and so many vectors of a number for each feature, at a time.
+
+    `guide` are strides that the order follows before any operand's.
+    """
     seen = layout(shape, kept, *guide, *strides, element_wise=element_wise)
     tiling = seen.tiling()
     columns = (seen.down, seen.inner, *seen.outer[:-1], *seen.features)
@@ -100,133 +104,195 @@ def _plan(
         ],
         np.int64,
     )
-    pieces = tiling.pieces if prod(shape) >= WORTH_SHARING else 1
-    return _Plan(tiling.family, tiling.groups, pieces, depth * width, width, grid, axes)
+    is_columns = tiling.family == COLUMNS
+    features = prod(features_shape(shape, kept))
+    numbers = tiles * depth * width + vectors * features + _SUMS * max(width, MOST) + axes.size
+    return _Step(
+        kernel(tile_type, is_columns, *options),
+        partial(kernel, np.float64, is_columns, *options),
+        features,
+        tiling.groups,
+        tiling.pieces if prod(shape) >= WORTH_SHARING else 1,
+        8 * numbers + _BETWEEN,
+        grid,
+        axes,
+    )
 
 
-def _tile_type(x: Memory) -> Any:
-    return np.float64 if x.kind == memory.FLOAT64 else np.float32
+def _statistics(transform: Transform) -> tuple[Any, ...]:
+    """As `coefficients.fill` takes them."""
+    _, count, mean, m2, eps, weight, bias, *_ = transform
+    return *counted(count), flat(mean), flat(m2), eps, *_parameters(weight, bias)
 
 
-def _tile_type_for(x: Memory, flat: Flat, common: Vector, slope: Vector) -> Any:
-    """float64 also where a feature's numbers are too large or too small for loops in float32."""
-    if x.kind == memory.FLOAT64 or not coefficients.fit_single(flat.mean, flat.bias, flat.scale, common, slope):
-        return np.float64
-    return np.float32
+def _parameters(weight: Array | None, bias: Array | None) -> tuple[Vector, Vector]:
+    return NONE if weight is None else flat(weight), NONE if bias is None else flat(bias)
 
 
-def find_moments(
-    x: Memory, kept: tuple[int, ...], features: int, where: Memory | None
-) -> tuple[Vector, Vector, Vector]:
-    """Return (count, mean, m2) of every feature."""
-    if where is None:
-        plan, where_at, where_kind = _plan(x.shape, kept, x.strides), NOWHERE, memory.BOOL
-    else:
-        plan, where_at, where_kind = _plan(x.shape, kept, x.strides, where.strides), where.address, where.kind
-    count, shift, offset, m2 = np.zeros((4, plan.groups, features))
-    mean = np.empty(features)
-    kernel = moments.kernel(_tile_type(x), plan.is_columns, where is not None)
-    owners = x.owner, where and where.owner
-    operands, sums = (x.address, x.kind, where_at, where_kind), (count, shift, offset, m2)
-    room = plan.room(1 if where is None else 2)
-    pool.run(kernel, plan.pieces, room, owners, plan.grid, plan.axes, *operands, *sums)
-    moments.merge_groups(count, shift, offset, m2, mean)
-    return count[0].copy(), mean, m2[0].copy()  # the other groups' rows are not kept alive
+def flat(of_features: Vector) -> Vector:
+    """A per-feature array with one axis."""
+    return of_features if of_features.ndim == 1 else of_features.reshape(-1)
+
+
+def counted(count: Any) -> tuple[float, Vector]:
+    """A count as a number for all features, or a vector with one for each."""
+    return (float(count), NONE) if isinstance(count, int | float) else (0.0, flat(count))
+
+
+def _gate(transform: Transform) -> int:
+    return gate.OPEN if not transform.relu else gate.RELU if transform.residual is None else gate.RELU_ONTO
+
+
+# -- Moments -----------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=4096)
-def _fused_plan(
-    shape: tuple[int, ...], kept: tuple[int, ...], x_strides: tuple[int, ...], y_strides: tuple[int, ...], item: int
-) -> _Plan | None:
+def _moments_step(kind: int, shape: tuple[int, ...], kept: tuple[int, ...], *strides: Strides) -> _Step:
+    weighted = len(strides) > 1
+    return _step(
+        moments.kernel, (weighted,), _tile_type(kind), shape, kept, strides, tiles=2 if weighted else 1, vectors=0
+    )
+
+
+def find_moments(x: Memory, kept: tuple[int, ...], where: Memory | None) -> tuple[Vector, Vector, Vector]:
+    """Return (count, mean, m2) of every feature."""
+    if where is None:
+        step, where_at, where_kind = _moments_step(x.kind, x.shape, kept, x.strides), NOWHERE, memory.BOOL
+    else:
+        step = _moments_step(x.kind, x.shape, kept, x.strides, where.strides)
+        where_at, where_kind = where.address, where.kind
+    count, shift, offset, m2 = np.zeros((4, step.groups, step.features))
+    mean = np.empty(step.features)
+    step.run((x.owner, where and where.owner), x.address, x.kind, where_at, where_kind, count, shift, offset, m2)
+    moments.merge_groups.call(count, shift, offset, m2, mean)
+    return count[0].copy(), mean, m2[0].copy()  # the other groups' rows are not kept alive
+
+
+# -- Forward -----------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4096)
+def _forward_step(
+    kind: int, shape: tuple[int, ...], kept: tuple[int, ...], x_strides: Strides, y_strides: Strides
+) -> _Step | None:
     """The plan for moments and output in one go, or None where two kernels are no slower.
 
     One go wants features that stay in a core's cache and so many that all threads have some, or a small array; and
     tiles that moments alone would have, because bits follow tiles.
     """
-    alone = _plan(shape, kept, x_strides)
-    joint = _plan(shape, kept, x_strides, y_strides)
-    features = prod(features_shape(shape, kept))
+    alone = _moments_step(kind, shape, kept, x_strides)
+    is_columns = alone.grid[FAMILY] == COLUMNS
+    joint = _step(
+        forward.kernel, (), _tile_type(kind), shape, kept, (x_strides, y_strides),
+        tiles=2, vectors=coefficients.VECTORS + 4 * alone.groups if is_columns else 1,
+    )  # fmt: skip
     small = prod(shape) < WORTH_SHARING
-    stays = prod(shape) // features * item <= CACHED and features >= MANY and not alone.is_columns
+    item = np.dtype(_tile_type(kind)).itemsize
+    stays = prod(shape) // joint.features * item <= CACHED and joint.features >= MANY and not is_columns
     same_tiles = (joint.grid == alone.grid).all() and joint.axes[0].tolist() == alone.axes[0].tolist()
     if not (small or stays) or not same_tiles:
         return None
-    return joint._replace(pieces=1 if small else features)
+    return joint._replace(pieces=1 if small else joint.features)
 
 
-def find_and_write(x: Memory, flat: Flat, eps: float, y: Memory) -> tuple[Vector, Vector, Vector, Vector] | None:
-    """Write the transform of x by its own moments to y; return count, mean, m2, invstd; None if that is no faster.
-
-    Of `flat` the mean and invstd are not read, and scale is the weight. Where float32 turns out not to do, y is written
-    once more.
-    """
-    tile_type = _tile_type(x)
-    plan = _fused_plan(x.shape, flat.kept, x.strides, y.strides, np.dtype(tile_type).itemsize)
-    if plan is None:
+def find_and_write(
+    x: Memory,
+    kept: tuple[int, ...],
+    eps: float,
+    weight: Array | None,
+    bias: Array | None,
+    relu: bool,
+    y: Memory,
+) -> tuple[int, Vector, Vector] | None:
+    """Write the transform of x by its own moments to y; return (count, mean, m2), or None if one go is no faster."""
+    step = _forward_step(x.kind, x.shape, kept, x.strides, y.strides)
+    if step is None:
         return None
-    count, mean, m2, invstd, scale = np.empty((5, flat.bias.size))
-    vectors = flat.scale, flat.bias, eps, flat.relu, count, mean, m2, invstd, scale
-    kernel = forward.kernel(tile_type, plan.is_columns)
-    owners, addresses = (x.owner, y.owner), (x.address, y.address)
-    room = plan.room(2, (coefficients.VECTORS + 4 * plan.groups) * (flat.bias.size if plan.is_columns else 1))
-    pool.run(kernel, plan.pieces, room, owners, plan.grid, plan.axes, *addresses, x.kind, *vectors)
-    found = flat._replace(mean=mean, scale=scale)
-    if _tile_type_for(x, found, scale, scale) is not tile_type:
-        write_normalized(x, found, y)
-    return count, mean, m2, invstd
+    mean, m2 = np.empty((2, step.features))
+    count, parameters = prod(x.shape) // step.features, _parameters(weight, bias)
+    arguments = x.address, y.address, x.kind, relu, float(count), NONE, mean, m2, eps, *parameters
+    if not pool.run(step.kernel, step.pieces, step.room, (x.owner, y.owner), step.grid, step.axes, *arguments):
+        write_normalized(x, Transform(kept, count, mean, m2, eps, weight, bias, relu, None), None, y)
+    return count, mean, m2
 
 
-def write_normalized(x: Memory, flat: Flat, y: Memory) -> None:
-    """Write the transform of x to y."""
-    added = flat.residual or x
-    plan = _plan(x.shape, flat.kept, x.strides, y.strides, added.strides, element_wise=True)
-    in_place = y.address in (x.address, added.address)
-    kernel = normalize.kernel(
-        _tile_type_for(x, flat, flat.scale, flat.scale), plan.is_columns, flat.residual is not None
+@lru_cache(maxsize=4096)
+def _normalize_step(kind: int, shape: tuple[int, ...], kept: tuple[int, ...], onto: bool, *strides: Strides) -> _Step:
+    return _step(
+        normalize.kernel, (onto,), _tile_type(kind), shape, kept, strides, tiles=3 if onto else 2, element_wise=True
     )
-    owners, addresses = (x.owner, y.owner, added.owner), (x.address, y.address, added.address)
-    vectors = flat.mean, flat.scale, flat.bias
-    room = plan.room(2 if flat.residual is None else 3, coefficients.VECTORS * flat.mean.size)
-    pool.run(kernel, plan.pieces, room, owners, plan.grid, plan.axes, *addresses, x.kind, in_place, *vectors, flat.relu)
 
 
-def find_grad_sums(dy: Memory, x: Memory, flat: Flat) -> tuple[Vector, Vector]:
+def write_normalized(x: Memory, transform: Transform, residual: Memory | None, y: Memory) -> None:
+    """Write the transform of x to y."""
+    added = residual or x
+    onto = residual is not None
+    step = _normalize_step(x.kind, x.shape, transform.kept, onto, x.strides, y.strides, added.strides)
+    in_place = y.address in (x.address, added.address)
+    operands = x.address, y.address, added.address, x.kind, in_place, transform.relu
+    step.run((x.owner, y.owner, added.owner), *operands, *_statistics(transform))
+
+
+# -- Backward ----------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4096)
+def _grad_sums_step(
+    kind: int,
+    shape: tuple[int, ...],
+    kept: tuple[int, ...],
+    gate: int,
+    guide: tuple[Strides, ...],
+    *strides: Strides,
+) -> _Step:
+    return _step(grad_sums.kernel, (gate,), _tile_type(kind), shape, kept, strides, tiles=2 + gate, guide=guide)
+
+
+def find_grad_sums(dy: Memory, x: Memory, transform: Transform, residual: Memory | None) -> tuple[Vector, Vector]:
     """Return Σ dz and Σ dz · x̂ of every feature; dz is dy, or what of it passes ReLU."""
-    added = flat.residual or x
-    plan = _plan(x.shape, flat.kept, x.strides, dy.strides, added.strides, guide=flat.guide)
-    sum_dz, sum_dz_x = np.zeros((2, plan.groups, flat.mean.size))
-    kernel = grad_sums.kernel(_tile_type_for(x, flat, flat.scale, flat.scale), plan.is_columns, flat.gate)
-    owners, addresses = (x.owner, dy.owner, added.owner), (x.address, dy.address, added.address)
-    vectors = flat.mean, flat.scale, flat.bias, sum_dz, sum_dz_x
-    room = plan.room(2 + flat.gate, coefficients.VECTORS * flat.mean.size)
-    pool.run(kernel, plan.pieces, room, owners, plan.grid, plan.axes, *addresses, x.kind, dy.kind, *vectors)
-    grad_sums.add_groups(sum_dz, sum_dz_x, flat.invstd)
+    added = residual or x
+    gate, guide = _gate(transform), transform.guide or ()
+    step = _grad_sums_step(x.kind, x.shape, transform.kept, gate, guide, x.strides, dy.strides, added.strides)
+    sum_dz, sum_dz_x = np.zeros((2, step.groups, step.features))
+    statistics = _statistics(transform)
+    operands = x.address, dy.address, added.address, x.kind, dy.kind
+    step.run((x.owner, dy.owner, added.owner), *operands, *statistics, sum_dz, sum_dz_x)
+    count, counts, _, m2, eps, *_ = statistics
+    grad_sums.add_groups.call(sum_dz, sum_dz_x, count, counts, m2, eps)
     return sum_dz[0].copy(), sum_dz_x[0].copy()
+
+
+@lru_cache(maxsize=4096)
+def _grad_input_step(
+    kind: int, shape: tuple[int, ...], kept: tuple[int, ...], gate: int, statistics: int, *strides: Strides
+) -> _Step:
+    weighted = statistics == grad_input.WEIGHTED
+    return _step(
+        grad_input.kernel, (gate, statistics), np.float64 if weighted else _tile_type(kind), shape, kept, strides,
+        tiles=3 + gate + weighted, vectors=coefficients.VECTORS + 2, element_wise=True,
+    )  # fmt: skip
 
 
 def write_grad_input(
     dy: Memory,
     x: Memory,
-    flat: Flat,
+    transform: Transform,
+    residual: Memory | None,
     where: Memory | None,
-    slopes: npt.NDArray[np.float64] | None,
+    sums: tuple[Vector, Vector] | None,
     dx: Memory,
     dresidual: Memory | None,
 ) -> None:
     """Write the gradient of x to dx and, under ReLU, the residual's to dresidual.
 
-    `slopes` are what `kernels.cpu.features.slopes` makes of the sums; None where the statistics were constants.
+    `sums` are those of `find_grad_sums`; None where the statistics were constants.
     """
-    statistics = grad_input.CONSTANT if slopes is None else grad_input.BATCH if where is None else grad_input.WEIGHTED
-    operands = [each or x for each in (dy, dx, where, flat.residual, dresidual)]
-    plan = _plan(x.shape, flat.kept, x.strides, *(each.strides for each in operands), element_wise=True)
-    common, slope = (flat.scale, flat.scale) if slopes is None else slopes
-    tile_type = np.float64 if statistics == grad_input.WEIGHTED else _tile_type_for(x, flat, common, slope)
-    kernel = grad_input.kernel(tile_type, plan.is_columns, flat.gate, statistics)
-    owners = x.owner, *(each.owner for each in operands)
-    addresses = x.address, *(each.address for each in operands)
+    statistics = grad_input.CONSTANT if sums is None else grad_input.BATCH if where is None else grad_input.WEIGHTED
+    dy_to_dresidual = [each or x for each in (dy, dx, where, residual, dresidual)]
+    strides = x.strides, *(each.strides for each in dy_to_dresidual)
+    step = _grad_input_step(x.kind, x.shape, transform.kept, _gate(transform), statistics, *strides)
+    owners = x.owner, *(each.owner for each in dy_to_dresidual)
+    addresses = x.address, *(each.address for each in dy_to_dresidual)
     kinds = x.kind, dy.kind, x.kind if where is None else where.kind
-    vectors = flat.mean, flat.scale, flat.bias, common, slope
     in_place = dx.address == dy.address
-    room = plan.room(3 + flat.gate + (where is not None), (coefficients.VECTORS + 2) * flat.mean.size)
-    pool.run(kernel, plan.pieces, room, owners, plan.grid, plan.axes, *addresses, *kinds, in_place, *vectors)
+    step.run(owners, *addresses, *kinds, in_place, *_statistics(transform), *((NONE, NONE) if sums is None else sums))

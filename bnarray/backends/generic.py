@@ -229,8 +229,12 @@ def invstd(count: Count, m2: Array, eps: float) -> Array:
     return xp.where(root == 0, xp.zeros_like(root), 1 / root)
 
 
+def _invstd(transform: Transform) -> Array:
+    return invstd(transform.count, transform.m2, transform.eps)
+
+
 def _scale(transform: Transform) -> Array:
-    return transform.invstd if transform.weight is None else transform.invstd * transform.weight
+    return _invstd(transform) if transform.weight is None else _invstd(transform) * transform.weight
 
 
 def _pre_activation(x: Array, transform: Transform) -> Array:
@@ -257,8 +261,8 @@ def normalize(x: Array, transform: Transform, out: Array | None) -> Array:
 
 def forward(
     x: Array, kept: tuple[int, ...], eps: float, weight: Array | None, bias: Array | None, relu: bool
-) -> tuple[Count, Array, Array, Array, Array] | None:
-    """Return (count, mean, m2, invstd, y) of a training step into new memory; None if that is no faster."""
+) -> tuple[Count, Array, Array, Array] | None:
+    """Return (count, mean, m2, y) of a training step into new memory, or None if one go is no faster."""
     return None
 
 
@@ -281,7 +285,7 @@ def grad_sums(dy: Array, x: Array, transform: Transform) -> tuple[Array, Array]:
     product = xp.where(dz == 0, xp.zeros_like(dz), dz * deviation)
     shape = features_shape(x.shape, kept)
     sum_dz = xp.reshape(xp.sum(_features_last(dz, kept), axis=0), shape)
-    return sum_dz, xp.reshape(xp.sum(_features_last(product, kept), axis=0), shape) * transform.invstd
+    return sum_dz, xp.reshape(xp.sum(_features_last(product, kept), axis=0), shape) * _invstd(transform)
 
 
 @_quiet
@@ -290,21 +294,20 @@ def grad_input(
     x: Array,
     transform: Transform,
     where: Array | None,
-    count: Count | None,
     sums: tuple[Array, Array] | None,
     out: Array | None,
 ) -> tuple[Array, Array | None]:
     """Return the gradient of x (in out if it is given) and, with a residual under ReLU, dz: the residual's.
 
-    `count` and `sums` (those of `grad_sums`) are None where the statistics were constants.
+    `sums` (those of `grad_sums`) are None where the statistics were constants.
     """
     xp, kept = array_namespace(x), transform.kept
     dz = _gated(dy, x, transform)
     dx = dz
     if sums is not None:
-        total = count + xp.zeros_like(transform.mean)
+        total = transform.count + xp.zeros_like(transform.mean)
         total = xp.where(total == 0, xp.ones_like(total), total)
-        x_hat = (_wide(x) - along(x, kept, transform.mean)) * along(x, kept, transform.invstd)
+        x_hat = (_wide(x) - along(x, kept, transform.mean)) * along(x, kept, _invstd(transform))
         weights = xp.ones_like(dz) if where is None else _weights(x, where)
         common = along(x, kept, sums[0] / total) + x_hat * along(x, kept, sums[1] / total)
         dx = dz - xp.where(weights == 0, xp.zeros_like(dz), weights * common)
@@ -321,9 +324,10 @@ def grad_input(
 merge = _quiet(_merge)
 
 
-def is_finite(*arrays: Array) -> bool:
-    """Whether every number of every array is finite."""
-    return all(bool(array_namespace(array).all(array_namespace(array).isfinite(array))) for array in arrays)
+def is_finite(array: Array, other: Array | None = None) -> bool:
+    """Whether every number of an array, or of both, is finite."""
+    xp = array_namespace(array)
+    return bool(xp.all(xp.isfinite(array))) and (other is None or is_finite(other))
 
 
 def lowest(array: Count) -> float:
@@ -340,7 +344,7 @@ def lowest(array: Count) -> float:
 def update_stats(
     mean: Array, var: Array, batch: tuple[Count, Array, Array], rate: float, correction: float
 ) -> tuple[Array, Array]:
-    """Return the exponential running (mean, var) after a batch of (count, mean, m2).
+    """Return the exponential running (mean, var) after a batch of (count, mean, m2), frozen.
 
     ``running += rate · (batch − running)``, written so that a rate of 1 gives the batch's own; a feature of which
     nothing was counted keeps its values.

@@ -1,13 +1,12 @@
 """NumPy arrays, through the CPU kernels."""
 
-from math import prod
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from bnarray.backends import _strided
-from bnarray.backends._strided import Flat, Memory, Vector
+from bnarray.backends._strided import NONE, Memory, Vector, counted, flat
 from bnarray.backends.generic import Count
 from bnarray.dispatch import Transform, backend
 from bnarray.kernels.cpu import features, memory
@@ -22,6 +21,8 @@ _KINDS = {
     np.dtype(np.bool): memory.BOOL,
 }
 
+_FLOATS = set(_KINDS) - {np.dtype(np.bool)}
+
 _HALVES = memory.FLOAT16, memory.BFLOAT16
 
 # What takes the first element of an array with so many axes, as an array without any.
@@ -35,12 +36,15 @@ def _kind(dtype: np.dtype[Any]) -> int | None:
     kind = _KINDS.get(dtype)
     if kind is None and dtype.name == "bfloat16":  # from ml_dtypes, which only its user imports
         kind = _KINDS[dtype] = memory.BFLOAT16
+        _FLOATS.add(dtype)
     return kind
 
 
 def _address(x: ndarray, kind: int) -> int:
     first = x[_FIRST[x.ndim]]
-    return memory.address_of[kind](first.view(np.uint16) if kind in _HALVES else first)  # type: ignore[no-any-return]
+    if kind in _HALVES:
+        first = first.view(np.uint16)
+    return memory.address_of[kind].call(first)  # type: ignore[no-any-return]
 
 
 def _memory(x: ndarray) -> Memory:
@@ -61,12 +65,11 @@ def _where(x: ndarray, where: ndarray | None) -> Memory | None:
 
 
 def _flat(of_features: ndarray) -> Vector:
-    vector = np.ascontiguousarray(of_features, np.float64)
-    return vector if vector.ndim == 1 else vector.reshape(-1)
+    return flat(np.ascontiguousarray(of_features, np.float64))
 
 
-def _counts(count: Count) -> Vector:
-    return np.array([count], np.float64) if isinstance(count, int | float) else _flat(count)
+def _shaped(vector: Vector, shape: tuple[int, ...]) -> ndarray:
+    return vector if len(shape) == 1 else vector.reshape(shape)
 
 
 def _check_array(x: Any, name: str) -> None:
@@ -87,8 +90,9 @@ def _check_array(x: Any, name: str) -> None:
 
 
 def check(x: ndarray, name: str) -> ndarray:
-    if type(x) is not np.ndarray or not x.dtype.isnative:
-        _check_array(x, name)
+    if type(x) is np.ndarray and x.dtype in _FLOATS:  # nearly always
+        return x
+    _check_array(x, name)
     if _kind(x.dtype) in (None, memory.BOOL):
         raise TypeError(
             f"{name} has dtype {x.dtype}; it should be float16, bfloat16, float32 or float64: convert it, for "
@@ -182,7 +186,7 @@ def cast(x: ndarray, dtype: np.dtype[Any]) -> ndarray:
 
 def freeze(x: ndarray) -> ndarray:
     array = np.asarray(x)
-    array.flags.writeable = False
+    array.setflags(write=False)
     return array.view()  # which cannot be made writeable again
 
 
@@ -194,67 +198,52 @@ def to_numpy(x: ndarray) -> ndarray:
     return np.array(x)
 
 
-def is_finite(*arrays: ndarray) -> bool:
-    return all(features.is_finite(_flat(array)) for array in arrays)
-
-
-def invstd(count: Count, m2: ndarray, eps: float) -> ndarray:
-    result = np.empty(m2.shape)
-    features.invstd(_counts(count), _flat(m2), eps, result.reshape(-1))
-    return result
+def is_finite(array: ndarray, other: ndarray | None = None) -> bool:
+    return bool(features.are_finite.call(_flat(array), NONE if other is None else _flat(other)))
 
 
 def update_stats(
     mean: ndarray, var: ndarray, batch: tuple[Count, ndarray, ndarray], rate: float, correction: float
 ) -> tuple[ndarray, ndarray]:
     count, batch_mean, batch_m2 = batch
-    new_mean, new_var = np.empty(mean.shape), np.empty(mean.shape)
-    vectors = _flat(mean), _flat(var), _counts(count), _flat(batch_mean), _flat(batch_m2)
-    features.running(*vectors, rate, correction, new_mean.reshape(-1), new_var.reshape(-1))
-    return new_mean, new_var
+    new = np.empty((2, mean.size))
+    vectors = flat(mean), flat(var), *counted(count), flat(batch_mean), flat(batch_m2)
+    features.running.call(*vectors, rate, correction, new)
+    new.setflags(write=False)
+    return _shaped(new[0], mean.shape), _shaped(new[1], mean.shape)
 
 
 def moments(x: ndarray, kept: tuple[int, ...], where: ndarray | None) -> tuple[Count, ndarray, ndarray]:
     shape = features_shape(x.shape, kept)
-    count, mean, m2 = _strided.find_moments(_memory(x), kept, prod(shape), _where(x, where))
+    count, mean, m2 = _strided.find_moments(_memory(x), kept, _where(x, where))
     number: Count = x.size // mean.size
     if where is not None:
         number = count.reshape(shape) if varies_along(where.shape, x.ndim, kept) else float(count[0])
     return number, mean.reshape(shape), m2.reshape(shape)
 
 
-def _flat_transform(transform: Transform) -> Flat:
-    kept, mean, invstd, weight, bias, relu, residual, guide = transform
-    scale = inverse = _flat(invstd)
-    if weight is not None:
-        scale = np.empty(inverse.size)
-        features.product(inverse, _flat(weight), scale)
-    shift = np.zeros(inverse.size) if bias is None else _flat(bias)
-    return Flat(kept, _flat(mean), inverse, scale, shift, relu, _optional(residual), guide or ())
-
-
 def forward(
     x: ndarray, kept: tuple[int, ...], eps: float, weight: ndarray | None, bias: ndarray | None, relu: bool
-) -> tuple[Count, ndarray, ndarray, ndarray, ndarray] | None:
-    shape, y = features_shape(x.shape, kept), empty_like(x)
-    unit = np.ones(shape)
-    flat = _flat_transform(Transform(kept, unit, unit, weight, bias, relu, None))
-    found = _strided.find_and_write(_memory(x), flat, eps, _memory(y))
+) -> tuple[Count, ndarray, ndarray, ndarray] | None:
+    y = empty_like(x)
+    found = _strided.find_and_write(_memory(x), kept, eps, weight, bias, relu, _memory(y))
     if found is None:
         return None
-    count, mean, m2, invstd = found
-    return x.size // count.size, mean.reshape(shape), m2.reshape(shape), invstd.reshape(shape), y
+    count, mean, m2 = found
+    shape = features_shape(x.shape, kept)
+    return count, _shaped(mean, shape), _shaped(m2, shape), y
 
 
 def normalize(x: ndarray, transform: Transform, out: ndarray | None) -> ndarray:
     y = empty_like(x) if out is None else out
-    _strided.write_normalized(_memory(x), _flat_transform(transform), _memory(y))
+    _strided.write_normalized(_memory(x), transform, _optional(transform.residual), _memory(y))
     return y
 
 
 def grad_sums(dy: ndarray, x: ndarray, transform: Transform) -> tuple[ndarray, ndarray]:
-    sum_dz, sum_dz_x = _strided.find_grad_sums(_memory(dy), _memory(x), _flat_transform(transform))
-    return sum_dz.reshape(transform.mean.shape), sum_dz_x.reshape(transform.mean.shape)
+    sums = _strided.find_grad_sums(_memory(dy), _memory(x), transform, _optional(transform.residual))
+    sum_dz, sum_dz_x = (each.reshape(transform.mean.shape) for each in sums)
+    return sum_dz, sum_dz_x
 
 
 def grad_input(
@@ -262,15 +251,19 @@ def grad_input(
     x: ndarray,
     transform: Transform,
     where: ndarray | None,
-    count: Count | None,
     sums: tuple[ndarray, ndarray] | None,
     out: ndarray | None,
 ) -> tuple[ndarray, ndarray | None]:
     dx = empty_like(x) if out is None else out
     dresidual = None if transform.residual is None else empty_like(x)
-    flat, weights, slopes = _flat_transform(transform), _where(x, where), None
-    if sums is not None:
-        slopes = np.empty((2, transform.mean.size))
-        features.slopes(_counts(count), _flat(sums[0]), _flat(sums[1]), flat.invstd, *slopes)
-    _strided.write_grad_input(_memory(dy), _memory(x), flat, weights, slopes, _memory(dx), _optional(dresidual))
+    _strided.write_grad_input(
+        _memory(dy),
+        _memory(x),
+        transform,
+        _optional(transform.residual),
+        _where(x, where),
+        None if sums is None else (flat(sums[0]), flat(sums[1])),
+        _memory(dx),
+        _optional(dresidual),
+    )
     return dx, dresidual

@@ -90,24 +90,27 @@ def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Kernel:
-    """A function with one signature, compiled (or loaded from disk) when it is first called."""
+    """A function with one signature, compiled (or loaded from disk) when it is first called.
+
+    `call` it: an attribute costs less than a method where a call takes half a microsecond.
+    """
+
+    call: Callable[..., Any]
 
     def __init__(self, name: str, signature: Any, function: Callable[..., Any]) -> None:
         self._signature = signature
         named(name, function)
         self._dispatcher = njit(**_options)(function)
         self._dispatcher._cache = _OnDisk(name)
-        self._compiled: Callable[..., Any] | None = None
+        self.call = self._compile_and_call
 
-    @property
-    def compiled(self) -> Callable[..., Any]:
-        if self._compiled is None:
-            with _compiling:
-                if self._compiled is None:
-                    self._dispatcher.compile(self._signature)
-                    self._dispatcher.disable_compile()  # other arguments are converted, or refused
-                    self._compiled = self._dispatcher
-        return self._compiled
+    def _compile_and_call(self, *arguments: Any) -> Any:
+        self.compile()
+        return self.call(*arguments)
 
-    def __call__(self, *arguments: Any) -> Any:
-        return (self._compiled or self.compiled)(*arguments)
+    def compile(self) -> None:
+        with _compiling:
+            if self.call is not self._dispatcher:
+                self._dispatcher.compile(self._signature)
+                self._dispatcher.disable_compile()  # other arguments are converted, or refused
+                self.call = self._dispatcher

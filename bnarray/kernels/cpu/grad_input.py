@@ -14,10 +14,31 @@ short rows 33.8, channels last 37.8; a copy channels first 30.1, short rows 24.9
 
 from functools import cache
 
+import numpy as np
 from numba import types
 
-from bnarray.kernels.cpu.coefficients import carve_coefficients, fill, of_features, of_line
-from bnarray.kernels.cpu.compiled import Kernel, counter, flag, index, indices, mapping, scratch, table, vector
+from bnarray.kernels.cpu.coefficients import (
+    STATISTICS,
+    carve_coefficients,
+    count_of,
+    fill,
+    invstd_of,
+    is_middling,
+    of_features,
+    of_line,
+)
+from bnarray.kernels.cpu.compiled import (
+    Kernel,
+    counter,
+    flag,
+    index,
+    indices,
+    machinery,
+    mapping,
+    scratch,
+    table,
+    vector,
+)
 from bnarray.kernels.cpu.gate import (
     OPEN,
     RELU_ONTO,
@@ -27,6 +48,7 @@ from bnarray.kernels.cpu.gate import (
     gate_rows_onto,
 )
 from bnarray.kernels.cpu.memory import NOWHERE, carve, line, load, room_in, store, target, tile_of
+from bnarray.kernels.cpu.pool import REFUSED
 from bnarray.kernels.cpu.walk import TILE, address_of, carve_place, steps_of, tiles
 
 #: What the statistics were to the elements: constants; their own mean; their weighted mean.
@@ -97,6 +119,19 @@ def _weighted_columns(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of,
             dx[j] = scale[j] * (dz[j] - w[j] * (common[j] + deviation * slope[j]))
 
 
+@machinery
+def _fill_slopes(commons, slopes, count, counts, m2, eps, sum_dz, sum_dz_x):
+    """common = Σ dz / n,  slope = Σ dz · x̂ / n · invstd; nothing over nothing is 0. Return whether they fit float32."""
+    fit = True
+    for c in range(m2.size):
+        n = count_of(c, count, counts)
+        common = sum_dz[c] / n if n != 0 else 0.0
+        slope = sum_dz_x[c] / n * invstd_of(n, m2[c], eps) if n != 0 else 0.0
+        commons[c], slopes[c] = common, slope
+        fit &= is_middling(common) and is_middling(slope)
+    return fit
+
+
 _FORMULAS = {
     (CONSTANT, False): _constant_rows,
     (CONSTANT, True): _constant_columns,
@@ -114,12 +149,12 @@ def kernel(dtype, is_columns, gate, statistics):
     pass_gate = gate_columns if is_columns else gate_rows
     pass_gate_onto = gate_columns_onto if is_columns else gate_rows_onto
 
-    like = dtype(0)
+    like, single = dtype(0), dtype is np.float32
 
     # Operands 1 to 6 of the axes are x, dy, dx, where, the residual and its gradient.
     def grad_input(
         counter, scratch, grid, axes, x, dy, dx, where, residual, dresidual, kind, dy_kind, where_kind, in_place,
-        mean, scale, bias, common, slope,
+        count, counts, mean, m2, eps, weight, bias, sum_dz, sum_dz_x,
     ):  # fmt: skip
         place, room = carve_place(room_in(scratch), axes)
         values, room = carve(room, grid[TILE], like)
@@ -131,9 +166,12 @@ def kernel(dtype, is_columns, gate, statistics):
         commons, room = carve(room, mean.size, like)
         slopes, room = carve(room, mean.size, like)
         of_all, room = carve_coefficients(room, mean.size, like)
-        fill(of_all, mean, scale, bias)
-        for c in range(mean.size):
-            commons[c], slopes[c] = common[c], slope[c]
+        fit = fill(of_all, count, counts, mean, m2, eps, weight, bias)
+        if statistics != CONSTANT:
+            fit &= _fill_slopes(commons, slopes, count, counts, m2, eps, sum_dz, sum_dz_x)
+        if single and not fit:
+            counter[REFUSED] = 1
+            return
         x_tile, w_tile = tile_of(values, 0), tile_of(weights, 0)
         for _, rows, columns, first, last in tiles(counter, grid, axes, place):
             dy_at = address_of(dy, axes, 2, place)
@@ -161,7 +199,5 @@ def kernel(dtype, is_columns, gate, statistics):
             store(dx_at, dx_steps, rows, columns, kind, results, dx_tile[0])
 
     name = f"grad_input_{gate}_{statistics}_{'columns' if is_columns else 'rows'}_{dtype.__name__}"
-    addresses = (index, index, index, index, index, index)
-    kinds = (index, index, index)
-    vectors = (vector, vector, vector, vector, vector)
-    return Kernel(name, types.void(counter, scratch, indices, table, *addresses, *kinds, flag, *vectors), grad_input)
+    operands, sums = (index, index, index, index, index, index, index, index, index, flag), (vector, vector)
+    return Kernel(name, types.void(counter, scratch, indices, table, *operands, *STATISTICS, *sums), grad_input)

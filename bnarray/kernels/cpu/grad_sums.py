@@ -15,7 +15,14 @@ from functools import cache
 import numpy as np
 from numba import types
 
-from bnarray.kernels.cpu.coefficients import carve_coefficients, fill, of_features
+from bnarray.kernels.cpu.coefficients import (
+    STATISTICS,
+    carve_coefficients,
+    count_of,
+    fill,
+    invstd_of,
+    of_features,
+)
 from bnarray.kernels.cpu.compiled import (
     Kernel,
     counter,
@@ -23,6 +30,7 @@ from bnarray.kernels.cpu.compiled import (
     indices,
     machinery,
     mapping,
+    number,
     partials,
     scratch,
     table,
@@ -38,6 +46,7 @@ from bnarray.kernels.cpu.gate import (
 )
 from bnarray.kernels.cpu.lanes import MOST, clear, panel, panels, total, width_of
 from bnarray.kernels.cpu.memory import carve, carve_rows, item_of, line, load, room_in, tile_of
+from bnarray.kernels.cpu.pool import REFUSED
 from bnarray.kernels.cpu.walk import TILE, address_of, carve_place, steps_of, tiles
 
 
@@ -93,10 +102,13 @@ def kernel(dtype, is_columns, gate):
     pass_gate = gate_columns if is_columns else gate_rows
     pass_gate_onto = gate_columns_onto if is_columns else gate_rows_onto
 
-    like = dtype(0)
+    like, single = dtype(0), dtype is np.float32
 
     # Operands 1, 2, 3 of the axes are x, dy and the residual.
-    def grad_sums(counter, scratch, grid, axes, x, dy, residual, kind, dy_kind, mean, scale, bias, sum_dz, sum_dz_x):
+    def grad_sums(
+        counter, scratch, grid, axes, x, dy, residual, kind, dy_kind,
+        count, counts, mean, m2, eps, weight, bias, sum_dz, sum_dz_x,
+    ):  # fmt: skip
         place, room = carve_place(room_in(scratch), axes)
         values, room = carve(room, grid[TILE], like)
         gradients, room = carve(room, grid[TILE], like)
@@ -104,7 +116,9 @@ def kernel(dtype, is_columns, gate):
         added, room = carve(room, grid[TILE] if gate == RELU_ONTO else 0, like)
         sums, room = carve_rows(room, 3, MOST, 0.0)
         of_all, room = carve_coefficients(room, mean.size, like)
-        fill(of_all, mean, scale, bias)
+        if not fill(of_all, count, counts, mean, m2, eps, weight, bias) and single:
+            counter[REFUSED] = 1
+            return
         for group, rows, columns, first, last in tiles(counter, grid, axes, place):
             x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
             dy_at = address_of(dy, axes, 2, place)
@@ -121,22 +135,17 @@ def kernel(dtype, is_columns, gate):
             add(dz_tile, x_tile, rows, columns, like, mean[first:last], *into, sums)
 
     name = f"grad_sums_{gate}_{'columns' if is_columns else 'rows'}_{dtype.__name__}"
-    addresses = (index, index, index)
-    vectors = (vector, vector, vector)
-    return Kernel(
-        name,
-        types.void(counter, scratch, indices, table, *addresses, index, index, *vectors, partials, partials),
-        grad_sums,
-    )
+    operands, sums = (index, index, index, index, index), (partials, partials)
+    return Kernel(name, types.void(counter, scratch, indices, table, *operands, *STATISTICS, *sums), grad_sums)
 
 
-def _add_groups(sum_dz, sum_dz_x, invstd):
-    for c in range(invstd.size):
+def _add_groups(sum_dz, sum_dz_x, count, counts, m2, eps):
+    for c in range(m2.size):
         for group in range(1, sum_dz.shape[0]):
             sum_dz[0, c] += sum_dz[group, c]
             sum_dz_x[0, c] += sum_dz_x[group, c]
-        sum_dz_x[0, c] *= invstd[c]
+        sum_dz_x[0, c] *= invstd_of(count_of(c, count, counts), m2[c], eps)
 
 
 #: Adds the groups in order into the first row, and makes Σ dz · (x − mean) Σ dz · x̂.
-add_groups = Kernel("add_groups", types.void(partials, partials, vector), _add_groups)
+add_groups = Kernel("add_groups", types.void(partials, partials, number, vector, vector, number), _add_groups)

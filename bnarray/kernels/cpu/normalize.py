@@ -15,9 +15,10 @@ from functools import cache
 import numpy as np
 from numba import types
 
-from bnarray.kernels.cpu.coefficients import carve_coefficients, fill, of_features, of_line
-from bnarray.kernels.cpu.compiled import Kernel, counter, flag, index, indices, mapping, scratch, table, vector
+from bnarray.kernels.cpu.coefficients import STATISTICS, carve_coefficients, fill, of_features, of_line
+from bnarray.kernels.cpu.compiled import Kernel, counter, flag, index, indices, mapping, scratch, table
 from bnarray.kernels.cpu.memory import carve, line, load, room_in, store, target
+from bnarray.kernels.cpu.pool import REFUSED
 from bnarray.kernels.cpu.walk import TILE, address_of, carve_place, steps_of, tiles
 
 
@@ -72,16 +73,21 @@ def kernel(dtype, is_columns, onto):
     """Make the kernel for tiles of one dtype; `onto` a residual or not."""
     apply = normalize_columns if is_columns else normalize_rows
     apply_onto = _columns_onto if is_columns else _rows_onto
-    like = dtype(0)
+    like, single = dtype(0), dtype is np.float32
 
     # Operands 1, 2, 3 of the axes are x, y and the residual.
-    def normalize(counter, scratch, grid, axes, x, y, residual, kind, in_place, mean, scale, bias, relu):
+    def normalize(
+        counter, scratch, grid, axes, x, y, residual, kind, in_place, relu,
+        count, counts, mean, m2, eps, weight, bias,
+    ):  # fmt: skip
         place, room = carve_place(room_in(scratch), axes)
         values, room = carve(room, grid[TILE], like)
         results, room = carve(room, grid[TILE], like)
         added, room = carve(room, grid[TILE] if onto else 0, like)
         of_all, room = carve_coefficients(room, mean.size, like)
-        fill(of_all, mean, scale, bias)
+        if not fill(of_all, count, counts, mean, m2, eps, weight, bias) and single:
+            counter[REFUSED] = 1
+            return
         for _, rows, columns, first, last in tiles(counter, grid, axes, place):
             y_at, y_steps = address_of(y, axes, 2, place), steps_of(axes, 2)
             x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
@@ -95,9 +101,5 @@ def kernel(dtype, is_columns, onto):
             store(y_at, y_steps, rows, columns, kind, results, y_tile[0])
 
     name = f"normalize_{'onto_' * onto}{'columns' if is_columns else 'rows'}_{dtype.__name__}"
-    addresses = (index, index, index)
-    return Kernel(
-        name,
-        types.void(counter, scratch, indices, table, *addresses, index, flag, vector, vector, vector, flag),
-        normalize,
-    )
+    operands = (index, index, index, index, flag, flag)
+    return Kernel(name, types.void(counter, scratch, indices, table, *operands, *STATISTICS), normalize)

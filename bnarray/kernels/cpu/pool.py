@@ -33,6 +33,10 @@ def _fetch_add_one(typingctx, counter):
     return types.int64(counter), codegen
 
 
+#: What a counter holds: the next piece, and whether a kernel refused, because float32 does not do for its data.
+NEXT, REFUSED = range(2)
+
+
 @machinery
 def take(counter):
     """The number of a piece that nobody has taken yet."""
@@ -79,19 +83,21 @@ def _helpers(number: int, *task: Any) -> list[Future[None]]:
         return []
 
 
-def run(kernel: Kernel, pieces: int, room: int, owners: tuple[object, ...], *arguments: Any) -> None:
+def run(kernel: Kernel, pieces: int, room: int, owners: tuple[object, ...], *arguments: Any) -> bool:
     """Call ``kernel(counter, scratch, *arguments)`` from as many threads as there are pieces for, until all are done.
+
+    Return whether none of them refused.
 
     Each has `room` bytes of scratch memory. The arguments hold addresses; `owners` are the arrays there. A helper keeps
     them alive, so that an interruption of the caller (Ctrl-C) never leaves it working on memory that is gone.
     """
-    compiled = kernel.compiled
-    counter = np.zeros(1, np.int64)
+    counter = np.zeros(2, np.int64)
     helpers = min(threads(), pieces) - 1 if pieces > 1 else 0
     if helpers <= 0:
-        compiled(counter, np.empty(room, np.uint8), *arguments)
-        return
-    task = compiled, counter, room, arguments, owners
+        kernel.call(counter, np.empty(room, np.uint8), *arguments)
+        return not counter[REFUSED]
+    kernel.compile()
+    task = kernel.call, counter, room, arguments, owners
     futures = _helpers(helpers, *task)
     try:
         _work(*task)
@@ -100,3 +106,4 @@ def run(kernel: Kernel, pieces: int, room: int, owners: tuple[object, ...], *arg
         wait(started)
     for future in started:
         future.result()
+    return not counter[REFUSED]

@@ -21,8 +21,9 @@ _SETTINGS = ("OPT", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "LOOP_VECTORIZE", "SLP_V
 # Kernels own no memory (`memory.carve`), so that nothing counts references: counting, which is atomic, took more than
 # half of the time on short rows.
 _options = {"error_model": "numpy", "nogil": True, "_nrt": False}
-mapping = njit(fastmath={"contract"}, **_options)
-machinery = njit(**_options)
+_parts = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+mapping = njit(fastmath={"contract"}, **_parts, **_options)
+machinery = njit(**_parts, **_options)
 
 # The types that kernels' arguments are made of. Inputs are read-only types, which writable arrays convert to.
 index = types.int64
@@ -100,7 +101,7 @@ class Kernel:
     def __init__(self, name: str, signature: Any, function: Callable[..., Any]) -> None:
         self._signature = signature
         named(name, function)
-        self._dispatcher = njit(**_options)(function)
+        self._dispatcher = njit(no_cfunc_wrapper=True, **_options)(function)
         self._dispatcher._cache = _OnDisk(name)
         self.call = self._compile_and_call
 

@@ -1,6 +1,7 @@
 """How long a call takes beside every peer, and beside the memory bus: ``python -m benchmarks.compare``.
 
-One process for each number of threads, the contenders in turn round by round, medians; each side allocates its output
+One process for each number of threads, the contenders in turn in a new order every round (what runs before leaves its
+threads spinning and its data in the caches), medians; each side allocates its output
 (but for the column that says otherwise) and has the same number of threads. Peers get memory in the layout they are
 best at: torch channels-last tensors for channels-last rows, JAX arrays with the channels where the row has them.
 Answers are compared before they are timed.
@@ -12,6 +13,7 @@ speed of the fastest copy of the same array, which moves 2.
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -250,8 +252,10 @@ def measure(case: Case, step: str, threads: int, peers: tuple[str, ...], seconds
             call.checked = True
     times: dict[str, list[float]] = {name: [] for name in timed}
     end = time.perf_counter() + seconds
+    order, shuffled = list(timed.items()), random.Random(0)
     while time.perf_counter() < end or len(times["bnarray"]) < 5:
-        for name, call in timed.items():
+        shuffled.shuffle(order)
+        for name, call in order:
             begin = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - begin)

@@ -92,6 +92,78 @@ def test_many_threads_share_a_state() -> None:
     assert not torn
 
 
+def test_more_threads_than_cores(run_python: Callable[..., str]) -> None:
+    """Helpers that get no core in time are not waited for, and the bits stay the same."""
+    code = """
+import hashlib, numba, numpy as np, bnarray as bn
+digests = set()
+x = np.random.default_rng(0).normal(size=(8, 64, 100, 30)).astype(np.float32)
+for threads in (1, 2, 7, 12):
+    numba.set_num_threads(threads)
+    for _ in range(30):
+        y, saved = bn.batch_norm_forward(x)
+        digests.add(hashlib.sha256(y.tobytes() + bn.batch_norm_backward(x, saved).x.tobytes()).hexdigest())
+print(len(digests))
+"""
+    assert run_python(code, NUMBA_NUM_THREADS="12") == "1\n"
+
+
+FAILING = """
+import gc, weakref, numpy as np
+from numba import types
+from bnarray.kernels.cpu import handover, pool
+from bnarray.kernels.cpu.compiled import Kernel, counter, index, scratch
+
+def sometimes(counter, scratch, fail_from):
+    piece = pool.take(counter)
+    if piece >= fail_from:
+        raise ValueError("as told")
+    scratch[0] = 7
+kernel = Kernel("sometimes", types.void(counter, scratch, index), sometimes)
+"""
+
+
+def test_a_call_handed_over(run_python: Callable[..., str]) -> None:
+    """It is made once, or taken back; a kernel that raises is told of."""
+    code = """
+post, unpack = handover.handover(kernel)
+mail, counter, own = np.zeros(handover.SIZE, np.int64), np.zeros(2, np.int64), np.zeros(64, np.uint8)
+at = mail.ctypes.data
+for _ in range(2):
+    post.call(at, unpack.address, kernel.address, counter, own, 1)
+    handover.serve.call(at, 10)
+    print(counter[0], own[0], mail[handover.STATE], mail[handover.FAILED])
+post.call(at, unpack.address, kernel.address, counter, own, 1)
+print(handover.settle.call(at, 10), mail[handover.STATE])
+handover.serve.call(at, 10)
+mail[handover.STATE] = handover.TAKEN
+print(counter[0], handover.settle.call(at, 10))
+"""
+    assert run_python(FAILING + code) == "1 7 0 0\n2 7 0 1\nTrue 0\n2 False\n"
+
+
+def test_a_kernel_that_fails(run_python: Callable[..., str]) -> None:
+    """The caller hears of it, whichever thread it was; helpers go on, and nothing that they worked on is kept."""
+    code = """
+class Owner: pass
+heard = set()
+for fail_from in [0, 1] * 200:
+    owner = Owner()
+    alive = weakref.ref(owner)
+    try:
+        pool.run(kernel, 2, 64, fail_from, owners=(owner,))
+    except (ValueError, RuntimeError) as error:
+        heard.add(str(error))
+    del owner
+    gc.collect()
+    assert alive() is None
+assert heard <= {"as told", "a kernel failed in another thread than the caller's"} and "as told" in heard
+import bnarray as bn
+print(bn.batch_norm(np.ones((400_000, 8), np.float32)).sum(), len(pool._team._idle))
+"""
+    assert run_python(FAILING + code, NUMBA_NUM_THREADS="2") == "0.0 1\n"
+
+
 def test_forked_child_and_its_parent(run_python: Callable[..., str]) -> None:
     """A child forked after threaded calls computes with threads of its own."""
     code = """

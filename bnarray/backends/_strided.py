@@ -34,8 +34,9 @@ class Memory(NamedTuple):
     strides: Strides
 
 
-# Elements. On fewer, a helper that wakes up finds too little left: handing out costs about 100 µs.
-WORTH_SHARING = 2**20
+# Elements. Below, two threads took as long as one or longer; at twice as many, two thirds of the time (two hardware
+# threads of one Intel Xeon core).
+WORTH_SHARING = 2**17
 
 # Bytes of a feature's tiles that stay in the cache of one core between two reads.
 CACHED = 2**20
@@ -64,8 +65,8 @@ class _Step(NamedTuple):
 
     def run(self, owners: tuple[object, ...], *arguments: Any) -> None:
         """Call the kernel; where it refuses, the one for float64."""
-        if not pool.run(self.kernel, self.pieces, self.room, owners, self.grid, self.axes, *arguments):
-            pool.run(self.wide(), self.pieces, self.room, owners, self.grid, self.axes, *arguments)
+        if not pool.run(self.kernel, self.pieces, self.room, self.grid, self.axes, *arguments, owners=owners):
+            pool.run(self.wide(), self.pieces, self.room, self.grid, self.axes, *arguments, owners=owners)
 
 
 def _tile_type(kind: int) -> Any:
@@ -211,7 +212,8 @@ def find_and_write(
     mean, m2 = np.empty((2, step.features))
     count, parameters = prod(x.shape) // step.features, _parameters(weight, bias)
     arguments = x.address, y.address, x.kind, relu, float(count), NONE, mean, m2, eps, *parameters
-    if not pool.run(step.kernel, step.pieces, step.room, (x.owner, y.owner), step.grid, step.axes, *arguments):
+    owners = x.owner, y.owner
+    if not pool.run(step.kernel, step.pieces, step.room, step.grid, step.axes, *arguments, owners=owners):
         write_normalized(x, Transform(kept, count, mean, m2, eps, weight, bias, relu, None), None, y)
     return count, mean, m2
 

@@ -4,6 +4,7 @@ import os
 import pickle
 import threading
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from bnarray.kernels import disk  # isort: skip  # before any other kernel module: it takes the sources' digest
@@ -100,6 +101,7 @@ class Kernel:
 
     def __init__(self, name: str, signature: Any, function: Callable[..., Any]) -> None:
         self._signature = signature
+        self.kinds = signature.args
         named(name, function)
         self._dispatcher = njit(no_cfunc_wrapper=True, **_options)(function)
         self._dispatcher._cache = _OnDisk(name)
@@ -108,6 +110,13 @@ class Kernel:
     def _compile_and_call(self, *arguments: Any) -> Any:
         self.compile()
         return self.call(*arguments)
+
+    @cached_property
+    def address(self) -> int:
+        """Where the machine code begins, which takes what `kinds` says as Numba's own calls pass it."""
+        self.compile()
+        (compiled,) = self._dispatcher.overloads.values()
+        return int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))
 
     def compile(self) -> None:
         with _compiling:

@@ -27,6 +27,7 @@ TILE = 16384  # the most that a tile holds: 64 kB of float32
 ROW_TILE = 8192  # what a tile of the rows family aims at: 32 kB of float32
 FEW_FEATURES = 8  # fewer features than this are read one by one, as rows with a stride
 WIDEST = 1024  # features side by side in a tile
+WIDEST_SUMMED = 256  # and in one that is summed: its threads share the features, where there are few values of each
 PIECE = 32768  # elements handed to a thread at a time, at least
 PIECES = 256  # and not many more pieces than this
 GROUP = 256  # values of a feature merged in order, at least: partial results stay small beside x
@@ -77,6 +78,7 @@ class Layout:
     outer: tuple[Axis, ...]
     features: tuple[Axis, ...]
     inner: Axis
+    element_wise: bool
 
     @property
     def down(self) -> Axis:
@@ -87,7 +89,7 @@ class Layout:
         chunks = prod(axis.size for axis in self.outer[:-1])
         spans = prod(axis.size for axis in self.features)
         if self.family == COLUMNS:
-            width = _even(self.inner.size, WIDEST)
+            width = _even(self.inner.size, WIDEST if self.element_wise else WIDEST_SUMMED)
             depth = _even(self.down.size, max(8, min(256, TILE // width)))
             spans *= ceil(self.inner.size / width)
         else:
@@ -101,7 +103,8 @@ class Layout:
         piece = max(1, max(PIECE, chunks * spans * depth * width // PIECES) // (depth * width))
         spans_per_block = min(spans, piece)
         values = depth if self.family == COLUMNS else depth * width
-        chunks_per_group = min(chunks, max(ceil(GROUP / values), piece // spans_per_block))
+        least = 1 if self.element_wise else ceil(GROUP / values)
+        chunks_per_group = min(chunks, max(least, piece // spans_per_block))
         return Tiling(self.family, depth, width, chunks, spans, chunks_per_group, spans_per_block)
 
 
@@ -150,12 +153,12 @@ def layout(
     if features and features[-1].size >= FEW_FEATURES:
         fastest = abs(features[-1].strides[0])
         if not reduced or 0 < fastest < (abs(reduced[-1].strides[0]) or float("inf")):
-            return Layout(COLUMNS, tuple(reduced) or (still,), tuple(features[:-1]), features[-1])
+            return Layout(COLUMNS, tuple(reduced) or (still,), tuple(features[:-1]), features[-1], element_wise)
     inner = reduced.pop() if reduced else still
     if element_wise:
         last = features.pop() if features else still
-        return Layout(LINES, (*reduced, last), tuple(features), inner)
-    return Layout(ROWS, tuple(reduced) or (still,), tuple(features), inner)
+        return Layout(LINES, (*reduced, last), tuple(features), inner, element_wise)
+    return Layout(ROWS, tuple(reduced) or (still,), tuple(features), inner, element_wise)
 
 
 def kept_axes(axis: object, ndim: int) -> tuple[int, ...]:

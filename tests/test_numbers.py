@@ -1,5 +1,8 @@
 """Adversarial numbers: large means, extreme scales, NaN and infinity, one value, none."""
 
+import platform
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -157,6 +160,18 @@ def test_every_half_is_read_and_written(dtype: str) -> None:
         for scale in (1.1, 1 / 3, 1e-4, 3e4, -0.7):
             y = bn.batch_norm(x[~nan][:, None], np.array([scale]), stats=unit, training=False, eps=0)[:, 0]
             np.testing.assert_array_equal(y, (wide * scale).astype(np.float32).astype(DTYPES[dtype]))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="not x86: processors without float16 are not verified")
+def test_halves_where_the_processor_has_none(run_python: Callable[..., str]) -> None:
+    """The same for compiled code that does without conversions of float16 in hardware."""
+    code = f"""
+import pytest
+from bnarray.kernels.cpu import memory
+assert not memory._CONVERTS_HALVES
+raise SystemExit(pytest.main(["-q", {__file__!r}, "-k", "every_half", "-p", "no:cacheprovider"]))
+"""
+    assert "2 passed" in run_python(code, NUMBA_CPU_NAME="x86-64", NUMBA_CPU_FEATURES="+sse2")
 
 
 @pytest.mark.parametrize("layout", ["c", "channels_last"])

@@ -47,7 +47,7 @@ from bnarray.kernels.cpu.gate import (
 from bnarray.kernels.cpu.lanes import MOST, clear, panel, panels, total, width_of
 from bnarray.kernels.cpu.memory import carve, carve_rows, item_of, line, load, room_in, tile_of
 from bnarray.kernels.cpu.pool import REFUSED
-from bnarray.kernels.cpu.walk import TILE, address_of, carve_place, steps_of, tiles
+from bnarray.kernels.cpu.walk import TILE, WIDTH, address_of, carve_place, steps_of, tiles
 
 
 @machinery
@@ -92,7 +92,13 @@ def _add_rows(dz_tile, x_tile, rows, columns, like, mean, sum_dz, sum_dz_x, sums
 
 @machinery
 def _add_columns(dz_tile, x_tile, rows, columns, like, mean, sum_dz, sum_dz_x, sums):
-    _add(dz_tile, x_tile, rows, columns, like, mean, sum_dz, sum_dz_x)
+    # Not in place: at its edges the memory of the partial results is another thread's too.
+    plain, product = sums[1, :columns], sums[2, :columns]
+    sums[1:3, :columns] = 0
+    _add(dz_tile, x_tile, rows, columns, like, mean, plain, product)
+    for j in range(columns):
+        sum_dz[j] += plain[j]
+        sum_dz_x[j] += product[j]
 
 
 @cache
@@ -114,7 +120,7 @@ def kernel(dtype, is_columns, gate):
         gradients, room = carve(room, grid[TILE], like)
         gated, room = carve(room, 0 if gate == OPEN else grid[TILE], like)
         added, room = carve(room, grid[TILE] if gate == RELU_ONTO else 0, like)
-        sums, room = carve_rows(room, 3, MOST, 0.0)
+        sums, room = carve_rows(room, 3, max(grid[WIDTH], MOST), 0.0)
         of_all, room = carve_coefficients(room, mean.size, like)
         if not fill(of_all, count, counts, mean, m2, eps, weight, bias) and single:
             counter[REFUSED] = 1

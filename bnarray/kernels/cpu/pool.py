@@ -23,8 +23,8 @@ from bnarray.kernels.cpu.compiled import Kernel, machinery
 #: What a counter holds: the next piece, and whether a kernel refused because float32 does not do for its data.
 NEXT, REFUSED = range(2)
 
-# Looks (12 ns on an Intel Xeon) after which a helper sleeps (waking it takes the caller 30 µs, and 80 until it works), and
-# after which a caller sleeps in between (another program may have the core of the helper that it waits for).
+# Looks (12 ns on an Intel Xeon) after which a helper sleeps (waking it takes the caller 30 µs, and 80 until it works),
+# and after which a caller sleeps in between (another program may have the core of the helper that it waits for).
 _NEXT_CALL, _LAST_PIECE = 10_000, 4_000
 
 

@@ -1,10 +1,10 @@
 """How long a call takes beside every peer, and beside the memory bus: ``python -m benchmarks.compare``.
 
-One process for each number of threads, the contenders in turn in a new order every round (what runs before leaves its
-threads spinning and its data in the caches), medians; each side allocates its output
-(but for the column that says otherwise) and has the same number of threads. Peers get memory in the layout they are
-best at: torch channels-last tensors for channels-last rows, JAX arrays with the channels where the row has them.
-Answers are compared before they are timed.
+One process for each number of threads, the contenders in turn in a new order every round, medians. Each turn is a call
+that is not timed, which wakes the contender's threads and fills the caches, and one that is: as in a program that uses
+one library. Each side allocates its output (but for the column that says otherwise) and has the same number of threads.
+Peers get memory in the layout they are best at: torch channels-last tensors for channels-last rows, JAX arrays with the
+channels where the row has them. Answers are compared before they are timed.
 
 `limit` is what the step must move (training 3 passes over x: two reads and a write; evaluation 2; backward 5) at the
 speed of the fastest copy of the same array, which moves 2.
@@ -256,6 +256,7 @@ def measure(case: Case, step: str, threads: int, peers: tuple[str, ...], seconds
     while time.perf_counter() < end or len(times["bnarray"]) < 5:
         shuffled.shuffle(order)
         for name, call in order:
+            call()
             begin = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - begin)

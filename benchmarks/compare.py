@@ -1,10 +1,11 @@
 """How long a call takes beside every peer, and beside the memory bus: ``python -m benchmarks.compare``.
 
-One process for each number of threads, the contenders in turn in a new order every round, medians. Each turn is a call
-that is not timed, which wakes the contender's threads and fills the caches, and one that is: as in a program that uses
-one library. Each side allocates its output (but for the column that says otherwise) and has the same number of threads.
-Peers get memory in the layout they are best at: torch channels-last tensors for channels-last rows, JAX arrays with the
-channels where the row has them. Answers are compared before they are timed.
+One process for each number of threads, the contenders in turn in a new order every round, medians. A turn is 15 ms of
+calls that are not timed, in which the threads of the one before stop spinning and the caches fill, and then at least
+one that is: as in a program that uses one library. Each side allocates its output (but for the column that says
+otherwise) and has the same number of threads. Peers get memory in the layout they are best at: torch channels-last
+tensors for channels-last rows, JAX arrays with the channels where the row has them. Answers are compared before they
+are timed.
 
 `limit` is what the step must move (training 3 passes over x: two reads and a write; evaluation 2; backward 5) at the
 speed of the fastest copy of the same array, which moves 2.
@@ -30,6 +31,7 @@ SHAPES = [
 ]
 STEPS = {"training": 3, "evaluation": 2, "backward": 5}
 EPS = 1e-5
+WARM, TIMED = 15e-3, 5e-3  # seconds of a turn
 PEERS = ("torch", "torch.compile", "jax", "onnxruntime", "formula")
 
 Call = Callable[[], Any]
@@ -256,11 +258,20 @@ def measure(case: Case, step: str, threads: int, peers: tuple[str, ...], seconds
     while time.perf_counter() < end or len(times["bnarray"]) < 5:
         shuffled.shuffle(order)
         for name, call in order:
-            call()
-            begin = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(turn(call))
     return {name: 1e6 * statistics.median(each) for name, each in times.items()}
+
+
+def turn(call: Call) -> float:
+    """Return the median time in seconds of calls after some that are not timed."""
+    seconds: list[float] = []
+    start = now = time.perf_counter()
+    while now < start + WARM + TIMED or not seconds:
+        call()
+        begin, now = now, time.perf_counter()
+        if begin >= start + WARM:
+            seconds.append(now - begin)
+    return statistics.median(seconds)
 
 
 def row_of(us: dict[str, float], step: str) -> dict[str, Any]:

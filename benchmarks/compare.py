@@ -323,6 +323,42 @@ def table(rows: list[dict[str, Any]], peers: tuple[str, ...]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def picture(rows: list[dict[str, Any]], path: str) -> None:
+    """Draw each contender's time as a multiple of the limit: a panel for each step, bars for each shape."""
+    import matplotlib
+    import matplotlib.pyplot as plt
+
+    matplotlib.use("Agg")
+    peers = [name for name in PEERS if name != "formula"]  # far to the right of all
+    names = [name for name in ("bnarray out=", "bnarray", *peers) if any(name in row["us"] for row in rows)]
+    steps = [step for step in STEPS if any(row["step"] == step for row in rows)]
+    labels = list(dict.fromkeys((tuple(row["shape"]), row["layout"]) for row in rows))
+    figure, panels = plt.subplots(1, len(steps), sharey=True, squeeze=False, layout="constrained")
+    figure.set_size_inches(4.2 * len(steps), 0.8 + 0.13 * len(labels) * (len(names) + 1))
+    colours = dict(zip(names, plt.get_cmap("tab10").colors, strict=False))
+    for panel, step in zip(panels[0], steps, strict=True):
+        for row in (row for row in rows if row["step"] == step):
+            at = labels.index((tuple(row["shape"]), row["layout"])) * (len(names) + 1)
+            limit = row["us"]["bnarray out="] / row["bnarray out= / limit"]
+            for i, name in enumerate(names):
+                if name in row["us"]:
+                    panel.barh(at + i, row["us"][name] / limit, height=1, color=colours[name])
+        panel.margins(y=0.005)
+        panel.axvline(1, color="black", linewidth=1)
+        panel.set(title=step, xscale="log", xlabel="time / limit of the memory bus")
+        panel.set_xticks([1, 2, 5, 10, 20, 50, 100], minor=False)
+        panel.set_xticks([], minor=True)
+        panel.xaxis.set_major_formatter("{x:g}")
+    middle = (len(names) - 1) / 2
+    panels[0, 0].set_yticks([i * (len(names) + 1) + middle for i in range(len(labels))])
+    panels[0, 0].set_yticklabels([f"{'×'.join(map(str, shape))}\n{layout}" for shape, layout in labels], fontsize=8)
+    panels[0, 0].invert_yaxis()
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[name], label=name) for name in names]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(names), frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1.0, help="for each row (default 1; 4 times that for large)")
@@ -332,6 +368,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
+    parser.add_argument("--picture", metavar="FILE", help="draw the float32 rows of the most threads there")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker is not None:
@@ -353,6 +390,9 @@ def main() -> None:
             raise SystemExit(worker.returncode)
     print()
     print(table(rows, options.peers))
+    if options.picture:
+        drawn = [row for row in rows if row["dtype"] == "float32" and row["threads"] == max(options.threads)]
+        picture(drawn, options.picture)
     if options.json:
         with open(options.json, "w") as file:
             json.dump(rows, file, indent=1)

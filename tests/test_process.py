@@ -130,10 +130,10 @@ post, unpack = handover.handover(kernel)
 mail, counter, own = np.zeros(handover.SIZE, np.int64), np.zeros(2, np.int64), np.zeros(64, np.uint8)
 at = mail.ctypes.data
 for _ in range(2):
-    post.call(at, unpack.address, kernel.address, counter, own, 1)
+    post.call(at, 5, unpack.address, kernel.address, counter, own, 1)
     handover.serve.call(at, 10)
     print(counter[0], own[0], mail[handover.STATE], mail[handover.FAILED])
-post.call(at, unpack.address, kernel.address, counter, own, 1)
+post.call(at, 5, unpack.address, kernel.address, counter, own, 1)
 print(handover.settle.call(at, 10), mail[handover.STATE])
 handover.serve.call(at, 10)
 mail[handover.STATE] = handover.TAKEN
@@ -159,7 +159,7 @@ for fail_from in [0, 1] * 200:
     assert alive() is None
 assert heard <= {"as told", "a kernel failed in another thread than the caller's"} and "as told" in heard
 import bnarray as bn
-print(bn.batch_norm(np.ones((400_000, 8), np.float32)).sum(), len(pool._team._idle))
+print(bn.batch_norm(np.ones((400_000, 8), np.float32)).sum(), len(pool._team.helpers))
 """
     assert run_python(FAILING + code, NUMBA_NUM_THREADS="2") == "0.0 1\n"
 
@@ -302,6 +302,35 @@ def test_interruption_leaves_the_state() -> None:
     assert stats.num_updates in (0, 1)
     assert (stats.num_updates == 0) == (stats.count == 0) == bool((stats.mean == 0).all())
     np.testing.assert_array_equal(bn.batch_norm(x), bn.batch_norm(x))
+
+
+def test_many_interruptions(run_python: Callable[..., str]) -> None:
+    """Ctrl-C again and again, at any moment: no wrong result, no helper lost, no thread left behind."""
+    code = """
+import os, random, signal, threading, time, numpy as np, bnarray as bn
+from bnarray.kernels.cpu import pool
+x = np.random.default_rng(0).normal(size=(1000, 32, 28)).astype(np.float32)
+expected, end = bn.batch_norm(x), time.monotonic() + 3
+def interrupt():
+    while time.monotonic() < end:
+        time.sleep(random.random() * 0.004)
+        os.kill(os.getpid(), signal.SIGINT)
+thread = threading.Thread(target=interrupt)
+thread.start()
+interrupted = 0
+while time.monotonic() < end + 0.1:
+    try:
+        while time.monotonic() < end + 0.1:
+            assert (bn.batch_norm(x) == expected).all()
+    except KeyboardInterrupt:
+        interrupted += 1
+thread.join()
+assert interrupted > 100, interrupted
+(helper,) = pool._team.helpers
+assert (bn.batch_norm(x) == expected).all()
+print(threading.active_count(), helper.mail[0], helper.held)
+"""
+    assert run_python(code, NUMBA_NUM_THREADS="2") == "2 0 None\n"
 
 
 @pytest.mark.parametrize("overwritten", ["x", "residual"])

@@ -17,15 +17,15 @@ from numba.extending import intrinsic
 from bnarray.kernels.cpu.compiled import Kernel, flag, index, machinery, named
 from bnarray.kernels.cpu.memory import view
 
-#: A mailbox: the state of its post, the addresses of what unpacks it and of the kernel, whether that raised; then the
-#: arguments.
-STATE, UNPACK, KERNEL, FAILED, ARGUMENTS = range(5)
+#: A mailbox: the state of its post, whose it is, the addresses of what unpacks it and of the kernel, whether that
+#: raised; then the arguments.
+STATE, OWNER, UNPACK, KERNEL, FAILED, ARGUMENTS = range(6)
 
 #: How many integers a mailbox takes: there is room for the arguments of any kernel.
 SIZE = 512
 
-#: The states of a post.
-NOTHING, POSTED, TAKEN = range(3)
+#: The states of a post; WRITTEN while it is being written.
+NOTHING, WRITTEN, POSTED, TAKEN = range(4)
 
 
 def _integer_at(builder, address):
@@ -95,7 +95,7 @@ def _call(typingctx, function, arguments):
 
 
 class Handover(NamedTuple):
-    """What posts calls of a kernel, and what a helper unpacks them with."""
+    """What posts calls of a kernel (and tells whether the mailbox was free), and what a helper unpacks them with."""
 
     post: Kernel
     unpack: Kernel
@@ -119,22 +119,24 @@ def _handover(kinds: tuple[Any, ...]) -> Handover:
             mail[FAILED] = 1
 
     @machinery
-    def put(at, unpack, kernel, arguments):
+    def put(at, owner, unpack, kernel, arguments):
+        if not _exchange(at + 8 * STATE, NOTHING, WRITTEN):
+            return False
         mail = view(at, SIZE, 0)
-        mail[UNPACK], mail[KERNEL], mail[FAILED] = unpack, kernel, 0
+        mail[OWNER], mail[UNPACK], mail[KERNEL], mail[FAILED] = owner, unpack, kernel, 0
         if not _put(at + 8 * ARGUMENTS, 8 * (SIZE - ARGUMENTS), arguments):
             raise MemoryError("a kernel has more arguments than a mailbox has room for")
-        _exchange(at + 8 * STATE, NOTHING, POSTED)
+        return _exchange(at + 8 * STATE, WRITTEN, POSTED)
 
     # A function with as many parameters as the kernel: Numba would find out a tuple's type at every call, in 40 µs.
     names = ", ".join(f"argument{i}" for i in range(len(kinds)))
     written: dict[str, Any] = {"put": put, "__name__": __name__}
-    exec(f"def post(at, unpack, kernel, {names}): put(at, unpack, kernel, ({names}))", written)
+    exec(f"def post(at, owner, unpack, kernel, {names}): return put(at, owner, unpack, kernel, ({names}))", written)
 
     digest = hashlib.sha256(str(kinds).encode()).hexdigest()[:16]
     named(f"put_{digest}", put.py_func)
     return Handover(
-        Kernel(f"post_{digest}", types.void(index, index, index, *kinds), written["post"]),
+        Kernel(f"post_{digest}", flag(index, index, index, index, *kinds), written["post"]),
         Kernel(f"unpack_{digest}", types.void(index), unpack),
     )
 

@@ -8,6 +8,7 @@ Helpers are Python threads, but calls reach them without the interpreter (`hando
 look out for the next. To take part through the interpreter's lock cost 50 to 150 µs a call.
 """
 
+import itertools
 import os
 import threading
 import time
@@ -50,9 +51,10 @@ class _Helper:
         self.mail = np.zeros(handover.SIZE, np.int64)
         self.address = self.mail.ctypes.data
         self.held: object = None  # what the call in the mailbox works on
-        self.is_dismissed = False
         self._is_asleep = False
         self._alarm: SimpleQueue[None] = SimpleQueue()
+
+    def start(self) -> None:
         threading.Thread(target=self._work, name="bnarray", daemon=True).start()
 
     def wake(self) -> None:
@@ -61,54 +63,36 @@ class _Helper:
             self._alarm.put(None)
 
     def _work(self) -> None:
-        while not self.is_dismissed:
+        while True:
             handover.serve.call(self.address, _NEXT_CALL)
-            self._is_asleep = True  # before the last look into the mailbox; the caller looks here after posting
+            self._is_asleep = True  # before the last look into the mailbox: a caller posts before it looks here
             if self.mail[handover.STATE] != handover.POSTED:
                 self._alarm.get()
             self._is_asleep = False
 
 
 class _Team:
-    """The helpers of a process: as many as Numba has threads, less one, shared by all callers."""
+    """The helpers of a process: as many as Numba has threads, less one, for all callers."""
 
     def __init__(self) -> None:
-        self._idle: list[_Helper] = []
-        self._size = 0
+        self.helpers: list[_Helper] = []
+        self._calls = itertools.count(1)
         self._hiring = threading.Lock()
 
-    def join(self, number: int) -> list[_Helper]:
-        """Return up to so many helpers that do nothing else."""
-        helpers: list[_Helper] = []
-        while len(helpers) < number:
-            try:
-                helpers.append(self._idle.pop())
-            except IndexError:
-                if not self._hire():
-                    break
-        return helpers
+    def number_of_call(self) -> int:
+        """Return a number that no other call has."""
+        return next(self._calls)
 
-    def leave(self, helpers: list[_Helper]) -> None:
-        self._idle += helpers
-
-    def dismiss(self, helpers: list[_Helper]) -> None:
-        """Let helpers go that nobody waits for any more."""
-        for helper in helpers:
-            helper.is_dismissed = True
-            helper.wake()
+    def grow(self, number: int) -> None:
+        """Start helpers until there are so many."""
         with self._hiring:
-            self._size -= len(helpers)
-
-    def _hire(self) -> bool:
-        with self._hiring:
-            if self._size >= int(numba.config.NUMBA_NUM_THREADS) - 1:
-                return False
-            try:
-                self._idle.append(_Helper())
-            except RuntimeError:  # no more threads, or the interpreter is shutting down
-                return False
-            self._size += 1
-            return True
+            while len(self.helpers) < min(number, int(numba.config.NUMBA_NUM_THREADS) - 1):
+                helper = _Helper()
+                try:
+                    helper.start()
+                except RuntimeError:  # no more threads, or the interpreter is shutting down
+                    return
+                self.helpers.append(helper)
 
 
 _team = _Team()
@@ -128,43 +112,51 @@ def run(kernel: Kernel, pieces: int, room: int, *arguments: Any, owners: tuple[o
     """Call ``kernel(counter, scratch, *arguments)`` from as many threads as there are pieces for, until all are done.
 
     Return whether none of them refused. Each has `room` bytes of scratch memory. The arguments hold addresses; `owners`
-    are the arrays there, which helpers keep: an interruption of the caller (Ctrl-C) never leaves one working on memory
-    that is gone.
+    are the arrays there.
     """
     counter, scratch = np.zeros(2, np.int64), np.empty(room, np.uint8)
-    helpers = _team.join(min(threads(), pieces) - 1) if pieces > 1 else []
-    if helpers:
+    helpers = min(threads(), pieces) - 1 if pieces > 1 else 0
+    if helpers > 0:
         _share(helpers, kernel, counter, scratch, arguments, owners)
     else:
         kernel.call(counter, scratch, *arguments)
     return not counter[REFUSED]
 
 
-def _share(
-    helpers: list[_Helper], kernel: Kernel, counter: Any, scratch: Any, arguments: tuple[Any, ...], owners: Any
-) -> None:
+def _share(wanted: int, kernel: Kernel, counter: Any, scratch: Any, arguments: tuple[Any, ...], owners: Any) -> None:
+    if len(_team.helpers) < wanted:
+        _team.grow(wanted)
     post, unpack = handover.handover(kernel)
+    number, found = _team.number_of_call(), 0
+    scratches = [np.empty_like(scratch) for _ in range(wanted)]
+    work = counter, scratches, arguments, owners
     try:
-        for helper in helpers:
-            own = np.empty_like(scratch)
-            helper.held = counter, own, arguments, owners
-            post.call(helper.address, unpack.address, kernel.address, counter, own, *arguments)
-            helper.wake()
+        for helper in _team.helpers:
+            own = scratches[found]
+            if post.call(helper.address, number, unpack.address, kernel.address, counter, own, *arguments):
+                helper.held = work
+                helper.wake()
+                found += 1
+                if found == wanted:
+                    break
         kernel.call(counter, scratch, *arguments)
     finally:
-        _end(helpers)
-    if any(helper.mail[handover.FAILED] for helper in helpers):
+        failed = _end(number, work)
+    if failed:
         raise RuntimeError("a kernel failed in another thread than the caller's")
 
 
-def _end(helpers: list[_Helper]) -> None:
-    """Take back what helpers have not begun, and wait for what they have; let them go if that is interrupted."""
-    try:
-        for helper in helpers:
-            while not handover.settle.call(helper.address, _LAST_PIECE):
-                time.sleep(1e-4)
-            helper.held = None
-    except BaseException:
-        _team.dismiss(helpers)
-        raise
-    _team.leave(helpers)
+def _end(number: int, work: object) -> bool:
+    """Take back what helpers have not begun of a call, and wait for what they have; return whether that failed.
+
+    While a helper works it holds the arrays, so that another interruption (Ctrl-C) never leaves it with memory that is
+    gone.
+    """
+    failed = False
+    for helper in [helper for helper in _team.helpers if helper.mail[handover.OWNER] == number]:
+        helper.held = work
+        while not handover.settle.call(helper.address, _LAST_PIECE):
+            time.sleep(1e-4)
+        failed |= bool(helper.mail[handover.FAILED])
+        helper.held = None
+    return failed

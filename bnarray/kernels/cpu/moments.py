@@ -5,11 +5,11 @@ The deviations of each tile from a center are summed, in float64::
     mean = center + Σ (x − center) / n
     m2   = Σ (x − center)² − (Σ (x − center))² / n
 
-E[x²] − E[x]² (a center of 0) is never formed. In tiles of float32 the center is the tile's first value: then the
-deviations are exact in float64, and because the center is one of the n values, at most log₂ n ≤ 14 of the 53 bits of m2
-cancel (where that value is the outlier; one or two where it is not). In tiles of float64, where nothing is exact, it is
-the mean, found first (Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983: the corrected
-two-pass algorithm), which takes 1.5 times as long.
+E[x²] − E[x]² (a center of 0) is never formed. In tiles of float32 the center is the tile's first value. Deviations of
+float32 values are exact in float64 (but for scales 2²⁹ apart), and because the center is one of the n values, at most
+log₂ n ≤ 14 of the 53 bits of m2 cancel: where it is the one outlier; else a few. In tiles of float64, and under
+weights, the center is the mean, found first (Chan, Golub and LeVeque, "Algorithms for computing the sample variance",
+1983: the corrected two-pass algorithm), which takes 1.5 times as long.
 
 Tiles are merged in float64, and instead of their means the distances of those from the first tile's center, the
 `shift`: where the mean is 10⁶ deviations, its own rounding, merge after merge, would show in the outputs next to 0. It

@@ -28,11 +28,39 @@ ROW_TILE = 8192  # what a tile of the rows family aims at: 32 kB of float32
 FEW_FEATURES = 8  # fewer features than this are read one by one, as rows with a stride
 WIDEST = 1024  # features side by side in a tile
 WIDEST_SUMMED = 256  # and in one that is summed: its threads share the features, where there are few values of each
+WORTH_SPLITTING = 4096  # elements of an array with fewer features, which lie together
 PIECE = 32768  # elements handed to a thread at a time, at least
 PIECES = 256  # and not many more pieces than this
 GROUP = 256  # values of a feature merged in order, at least: partial results stay small beside x
 
 ROWS, COLUMNS, LINES = range(3)
+
+
+class Split(NamedTuple):
+    """A reduced axis seen as two, of which the faster counts as features, slower than the feature axis itself.
+
+    Few features that lie together (images with three channels) would be read one by one, with a stride. With their
+    neighbours they make lines as long as vectors need: (…, c), (…, c), … side by side. Sums of those columns are merged
+    as those of groups are.
+    """
+
+    reduced: int
+    feature: int
+    size: int  # of the faster axis
+
+    def _around(self, each: tuple[int, ...], slow: int, fast: int) -> tuple[int, ...]:
+        changed = [slow if i == self.reduced else value for i, value in enumerate(each)]
+        return *changed[: self.feature], fast, *changed[self.feature :]
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return self._around(shape, shape[self.reduced] // self.size, self.size)
+
+    def strides(self, strides: tuple[int, ...]) -> tuple[int, ...]:
+        return self._around(strides, strides[self.reduced] * self.size, strides[self.reduced])
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        return self.feature, self.feature + 1
 
 
 class Axis(NamedTuple):
@@ -159,6 +187,19 @@ def layout(
         last = features.pop() if features else still
         return Layout(LINES, (*reduced, last), tuple(features), inner, element_wise)
     return Layout(ROWS, tuple(reduced) or (still,), tuple(features), inner, element_wise)
+
+
+@lru_cache(maxsize=4096)
+def split(shape: tuple[int, ...], kept: tuple[int, ...], strides: tuple[int, ...]) -> Split | None:
+    """Return how to split an axis of an array whose few features lie together; None where that does not help."""
+    if len(kept) != 1 or not 1 < shape[kept[0]] < FEW_FEATURES or prod(shape) < WORTH_SPLITTING:
+        return None
+    features, step = shape[kept[0]], strides[kept[0]]
+    for i, size in enumerate(shape):
+        if i != kept[0] and size > 1 and strides[i] == features * step:
+            most = max(k for k in range(1, WIDEST_SUMMED // features + 1) if size % k == 0)
+            return Split(i, kept[0], most) if most >= FEW_FEATURES else None
+    return None
 
 
 def kept_axes(axis: object, ndim: int) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from bnarray.kernels.cpu.compiled import Kernel
 from bnarray.kernels.cpu.lanes import MOST
 from bnarray.kernels.cpu.memory import NOWHERE
 from bnarray.kernels.cpu.walk import FAMILY, WIDTH
-from bnarray.layout import COLUMNS, features_shape, layout
+from bnarray.layout import COLUMNS, Split, features_shape, layout, split
 
 Vector: TypeAlias = npt.NDArray[np.float64]
 Strides: TypeAlias = tuple[int, ...]
@@ -32,6 +32,9 @@ class Memory(NamedTuple):
     kind: int
     shape: tuple[int, ...]
     strides: Strides
+
+    def split(self, how: Split) -> "Memory":
+        return self._replace(shape=how.shape(self.shape), strides=how.strides(self.strides))
 
 
 # Elements. Below, two threads took as long as one or longer; at twice as many, two thirds of the time (two hardware
@@ -130,6 +133,16 @@ def _statistics(transform: Transform) -> tuple[Any, ...]:
     return *counted(count), flat(mean), flat(m2), eps, *_parameters(weight, bias)
 
 
+def _split(transform: Transform, how: Split) -> Transform:
+    """The transform of an array that is split: every vector as often as the split has features side by side."""
+    vectors: dict[str, Any] = {}
+    for name in ("count", "mean", "m2", "weight", "bias"):
+        vector = getattr(transform, name)
+        vectors[name] = np.tile(vector, how.size) if isinstance(vector, np.ndarray) else vector
+    guide = None if transform.guide is None else tuple(how.strides(strides) for strides in transform.guide)
+    return transform._replace(kept=how.kept, guide=guide, **vectors)
+
+
 def _parameters(weight: Array | None, bias: Array | None) -> tuple[Vector, Vector]:
     return NONE if weight is None else flat(weight), NONE if bias is None else flat(bias)
 
@@ -161,14 +174,18 @@ def _moments_step(kind: int, shape: tuple[int, ...], kept: tuple[int, ...], *str
 
 def find_moments(x: Memory, kept: tuple[int, ...], where: Memory | None) -> tuple[Vector, Vector, Vector]:
     """Return (count, mean, m2) of every feature."""
+    times = 1
+    if how := split(x.shape, kept, x.strides):
+        x, kept, where, times = x.split(how), how.kept, where and where.split(how), how.size
     if where is None:
         step, where_at, where_kind = _moments_step(x.kind, x.shape, kept, x.strides), NOWHERE, memory.BOOL
     else:
         step = _moments_step(x.kind, x.shape, kept, x.strides, where.strides)
         where_at, where_kind = where.address, where.kind
-    count, shift, offset, m2 = np.zeros((4, step.groups, step.features))
-    mean = np.empty(step.features)
-    step.run((x.owner, where and where.owner), x.address, x.kind, where_at, where_kind, count, shift, offset, m2)
+    sums = np.zeros((4, step.groups, step.features))
+    step.run((x.owner, where and where.owner), x.address, x.kind, where_at, where_kind, *sums)
+    count, shift, offset, m2 = sums.reshape(4, step.groups * times, -1)
+    mean = np.empty(step.features // times)
     moments.merge_groups.call(count, shift, offset, m2, mean)
     return count[0].copy(), mean, m2[0].copy()  # the other groups' rows are not kept alive
 
@@ -185,6 +202,8 @@ def _forward_step(
     One go wants features that stay in a core's cache and so many that all threads have some, or a small array; and
     tiles that moments alone would have, because bits follow tiles.
     """
+    if split(shape, kept, x_strides):
+        return None
     alone = _moments_step(kind, shape, kept, x_strides)
     is_columns = alone.grid[FAMILY] == COLUMNS
     joint = _step(
@@ -231,6 +250,9 @@ def _normalize_step(kind: int, shape: tuple[int, ...], kept: tuple[int, ...], on
 
 def write_normalized(x: Memory, transform: Transform, residual: Memory | None, y: Memory) -> None:
     """Write the transform of x to y."""
+    if how := split(x.shape, transform.kept, x.strides):
+        x, y, residual = x.split(how), y.split(how), residual and residual.split(how)
+        transform = _split(transform, how)
     added = residual or x
     onto = residual is not None
     step = _normalize_step(x.kind, x.shape, transform.kept, onto, x.strides, y.strides, added.strides)
@@ -256,14 +278,18 @@ def _grad_sums_step(
 
 def find_grad_sums(dy: Memory, x: Memory, transform: Transform, residual: Memory | None) -> tuple[Vector, Vector]:
     """Return Σ dz and Σ dz · x̂ of every feature; dz is dy, or what of it passes ReLU."""
+    whole, times = transform, 1
+    if how := split(x.shape, transform.kept, transform.guide[0] if transform.guide else x.strides):
+        x, dy, residual, times = x.split(how), dy.split(how), residual and residual.split(how), how.size
+        transform = _split(transform, how)
     added = residual or x
     gate, guide = _gate(transform), transform.guide or ()
     step = _grad_sums_step(x.kind, x.shape, transform.kept, gate, guide, x.strides, dy.strides, added.strides)
-    sum_dz, sum_dz_x = np.zeros((2, step.groups, step.features))
-    statistics = _statistics(transform)
+    sums = np.zeros((2, step.groups, step.features))
     operands = x.address, dy.address, added.address, x.kind, dy.kind
-    step.run((x.owner, dy.owner, added.owner), *operands, *statistics, sum_dz, sum_dz_x)
-    count, counts, _, m2, eps, *_ = statistics
+    step.run((x.owner, dy.owner, added.owner), *operands, *_statistics(transform), *sums)
+    sum_dz, sum_dz_x = sums.reshape(2, step.groups * times, -1)
+    count, counts, _, m2, eps, *_ = _statistics(whole)
     grad_sums.add_groups.call(sum_dz, sum_dz_x, count, counts, m2, eps)
     return sum_dz[0].copy(), sum_dz_x[0].copy()
 
@@ -293,6 +319,11 @@ def write_grad_input(
 
     `sums` are those of `find_grad_sums`; None where the statistics were constants.
     """
+    if how := split(x.shape, transform.kept, x.strides):
+        x, dy, dx = x.split(how), dy.split(how), dx.split(how)
+        residual, where, dresidual = (each and each.split(how) for each in (residual, where, dresidual))
+        transform = _split(transform, how)
+        sums = sums and (np.tile(sums[0], how.size), np.tile(sums[1], how.size))
     statistics = grad_input.CONSTANT if sums is None else grad_input.BATCH if where is None else grad_input.WEIGHTED
     dy_to_dresidual = [each or x for each in (dy, dx, where, residual, dresidual)]
     strides = x.strides, *(each.strides for each in dy_to_dresidual)

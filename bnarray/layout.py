@@ -2,7 +2,7 @@
 
 The axes of x are kept (features) or reduced. Axes of size one are dropped, the reduced ones are sorted as x's memory
 has them, and neighbours that memory does not tell apart are joined. What remains is walked in two-dimensional tiles
-small enough for the nearest cache, in one of two families:
+small enough for the nearest cache, in one of three families:
 
 - *rows*: the fastest axis is a reduced one (channels-first, Fortran order): a tile holds values of one feature;
 - *columns*: the fastest axis is a kept one (channels-last, (N, C)): a tile holds rows of many features;
@@ -10,8 +10,8 @@ small enough for the nearest cache, in one of two families:
   feature's values together, so that memory is walked in its own order.
 
 A tile goes `across` the fastest axis and `down` another one: the last outer one, or (lines) the last feature axis. All
-other axes only locate tiles. Every
-decision depends on shapes, axes and strides alone, never on threads or addresses: a result's bits do not either.
+other axes only locate tiles. Few features that lie together are first put side by side (`split`). Every decision
+depends on shapes, axes and strides alone, never on threads or addresses: a result's bits do not either.
 """
 
 import operator

@@ -135,17 +135,18 @@ def test_a_full_disk(tmp_path: Path) -> None:
 def test_every_compiled_function_has_a_name_of_its_own() -> None:
     """Numba's symbols are made of names and types, and know nothing of closures: where two functions share both, a
     process takes one for the other when it loads kernels that different processes compiled."""
-    from bnarray.kernels.cpu import grad_input, grad_sums, moments, normalize
+    from bnarray.kernels.cpu import forward, grad_input, grad_sums, handover, moments, normalize
 
     for dtype in (np.float32, np.float64):
         for is_columns in (False, True):
+            kernels = [forward.kernel(dtype, is_columns)]
             for flag in (False, True):
-                moments.kernel(dtype, is_columns, flag)
-                normalize.kernel(dtype, is_columns, flag)
+                kernels += moments.kernel(dtype, is_columns, flag), normalize.kernel(dtype, is_columns, flag)
             for gate in range(3):
-                grad_sums.kernel(dtype, is_columns, gate)
-                for statistics in range(3):
-                    grad_input.kernel(dtype, is_columns, gate, statistics)
+                kernels.append(grad_sums.kernel(dtype, is_columns, gate))
+                kernels += [grad_input.kernel(dtype, is_columns, gate, statistics) for statistics in range(3)]
+            for kernel in kernels:
+                handover.handover(kernel)
     functions = {
         id(each.py_func): each.py_func
         for each in gc.get_objects()

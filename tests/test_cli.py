@@ -243,6 +243,20 @@ def test_full_disk(large: Path) -> None:
     assert (large / "y.npy").read_text() == "older"
 
 
+def test_full_disk_is_said_before_anything_is_written(large: Path) -> None:
+    code = """
+import resource, signal, numpy as np, bnarray as bn
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**26, 2**26))
+known, called = bn.Moments(1, np.zeros(64), np.ones(64)), []
+try:
+    bn.normalize_file("large.npy", "y.npy", axis=-1, stats=known, progress=lambda *done: called.append(done))
+except OSError as error:
+    print(error.strerror, len(called))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=large, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "File too large 0\n", done.stderr
+
+
 def test_too_large_for_the_disk_is_said_before_anything_is_read(tmp_path: Path) -> None:
     with open(tmp_path / "huge.npy", "wb") as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": (2**40, 1)}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import bnarray as bn
+from bnarray.layout import Split, split
 from bnarray.testing import TOLERANCES, assert_close, reference
 from tests.cases import DTYPES, LAYOUTS
 
@@ -83,6 +84,27 @@ def test_one_value_normalises_to_bias() -> None:
     y = bn.batch_norm(np.array([[5.0, 6e5]]), np.array([3.0, 4.0]), bias)
     np.testing.assert_array_equal(y, [bias])
     assert (bn.batch_norm(np.array([[5.0, 6e5]]), eps=0) == 0).all()  # var + eps is 0: invstd is 0
+
+
+def test_few_features_that_lie_together() -> None:
+    """Which arrays are split, and that masked statistics and gradients of the parts come together again."""
+    assert split((8, 20, 30, 3), (3,), (7200, 360, 12, 4)) == Split(reduced=2, feature=3, size=30)
+    assert split((8, 3, 20, 30), (1,), (7200, 4, 360, 12)) == Split(reduced=3, feature=1, size=30)
+    assert split((5003, 3), (1,), (12, 4)) is None  # a prime
+    assert split((6000, 3), (1,), (40, 4)) is None  # a slice of more features
+    assert split((6000, 12), (1,), (48, 4)) is None
+    assert split((60, 3), (1,), (12, 4)) is None
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(5, 2, (2, 6000, 3))
+    where, weight = rng.random((6000, 3)) < 0.5, rng.normal(size=3)
+    y, saved = bn.batch_norm_forward(x, weight, where=where)
+    truth = reference(x, dy, (1,), weight=weight, where=where)
+    gradients = bn.batch_norm_backward(dy, saved)
+    np.testing.assert_array_equal(saved.moments.count, where.sum(axis=0))
+    np.testing.assert_allclose(saved.moments.var(), truth.var.ravel(), rtol=1e-13)
+    np.testing.assert_allclose(y, truth.y, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(gradients.x, truth.dx, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(gradients.weight, truth.dweight, rtol=0, atol=1e-10)
 
 
 def test_constant_feature() -> None:

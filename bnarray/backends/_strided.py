@@ -289,8 +289,7 @@ def find_grad_sums(dy: Memory, x: Memory, transform: Transform, residual: Memory
     operands = x.address, dy.address, added.address, x.kind, dy.kind
     step.run((x.owner, dy.owner, added.owner), *operands, *_statistics(transform), *sums)
     sum_dz, sum_dz_x = sums.reshape(2, step.groups * times, -1)
-    count, counts, _, m2, eps, *_ = _statistics(whole)
-    grad_sums.add_groups.call(sum_dz, sum_dz_x, count, counts, m2, eps)
+    grad_sums.add_groups.call(sum_dz, sum_dz_x, *counted(whole.count), flat(whole.m2), whole.eps)
     return sum_dz[0].copy(), sum_dz_x[0].copy()
 
 

@@ -16,16 +16,28 @@ Verbs: TypeAlias = Any  # a namespace with a function for each of VERBS
 VERBS = (
     *("check", "check_where", "check_out", "overlap"),
     *("empty_like", "zeros", "copy", "guide", "widen", "cast", "parameter_dtype", "freeze", "to_numpy", "convert"),
+    *("vector", "of_vector", "is_traced", "traced_forward", "traced_moments"),
     *("moments", "normalize", "forward", "grad_sums", "grad_input"),
-    *("along", "merge", "variance", "sum_of_squares", "only_above", "invstd", "update_stats", "is_finite", "lowest"),
+    *(
+        "along",
+        "merge",
+        "variance",
+        "sum_of_squares",
+        "only_above",
+        "invstd",
+        "prepare",
+        "update_stats",
+        "is_finite",
+        "lowest",
+    ),
 )
 
 
 class Transform(NamedTuple):
     """What is done to x, as verbs take it: ``relu((x - mean) * invstd * weight + bias + residual)``.
 
-    ``invstd = 1 / sqrt(m2 / count + eps)``. The arrays are float64 of the features' shape; `kept` are the feature axes,
-    ascending.
+    ``invstd = 1 / sqrt(m2 / count + eps)``. The arrays are the verbs' vectors, of the features' shape; `kept` are the
+    feature axes, ascending.
     """
 
     kept: tuple[int, ...]
@@ -38,6 +50,19 @@ class Transform(NamedTuple):
     relu: bool
     residual: Array | None
     guide: Any = None  # for a backend whose sums follow memory: how that was before `out` took it
+
+
+class Capabilities(NamedTuple):
+    """What a backend does for its arrays, declared once (``CAPABILITIES`` in its module): the tests' marks, the table in
+    the documentation and what benchmarks leave out are made from it."""
+
+    dtypes: tuple[str, ...] = ("float32", "float64")
+    runs: str = "the library's own functions"  # what does the work
+    layouts: bool = False  # arrays have strides, and results those of x
+    out: bool = True  # results can be written into an array that is given
+    lazy: bool = False  # results are computed when they are asked for
+    gradients: str = "batch_norm_backward"  # how they are had
+    transforms: tuple[str, ...] = ()  # of the library, under which calls work
 
 
 # The part of a type's module before the first dot, where it is not the library's own name.

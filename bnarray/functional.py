@@ -1,11 +1,14 @@
 """The public functions: validation, and the order of the steps."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, NamedTuple
 
+from bnarray import steps
 from bnarray.dispatch import Array, Transform, Verbs, backend, same_backend
 from bnarray.layout import features_shape, kept_axes
-from bnarray.stats import Count, Moments, RunningStats, checked_number, explains_momentum
+from bnarray.stats import Moments, RunningStats, checked_number, explains_momentum, is_number
 
 
 class Gradients(NamedTuple):
@@ -30,17 +33,23 @@ class Saved:
     """What the backward pass needs, and no more.
 
     `x`, `where` and (under ReLU) the transform's `residual` are the caller's arrays, not to be modified until then; all
-    else is copies of per-feature vectors in float64. `moments` are the batch's; None where the statistics were
-    constants.
+    else is copies of per-feature vectors in float64.
     """
 
     x: Array
     transform: Transform
     where: Array | None
-    moments: Moments | None
+    is_constant: bool
     weight_dtype: Any
     bias_dtype: Any
     has_residual: bool
+
+    @property
+    def moments(self) -> Moments | None:
+        """The batch's `Moments`; None where the statistics were given."""
+        if self.is_constant:
+            return None
+        return _as_moments(backend(self.x), self.x, self.transform.count, self.transform.mean, self.transform.m2)
 
 
 @explains_momentum
@@ -175,7 +184,7 @@ def batch_norm_forward(
         x=kept_x,
         transform=transform._replace(residual=kept_residual, guide=guide),
         where=call.where,
-        moments=Moments.of(transform.count, transform.mean, transform.m2) if training else None,
+        is_constant=not training,
         weight_dtype=None if weight is None else weight.dtype,
         bias_dtype=None if bias is None else bias.dtype,
         has_residual=residual is not None,
@@ -241,15 +250,9 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
         dresidual = verbs.cast(dy, x.dtype)
         if out is not None and verbs.overlap(out, dresidual):
             dresidual = verbs.copy(dresidual)
-    if 0 in x.shape:
-        dx, dz = (verbs.empty_like(x) if out is None else out), verbs.empty_like(x)
-        sum_dz = sum_dz_x = verbs.zeros(features_shape(x.shape, transform.kept), x)
-    else:
-        sum_dz, sum_dz_x = verbs.grad_sums(dy, x, transform)
-        sums = None if saved.moments is None else (sum_dz, sum_dz_x)
-        dx, dz = verbs.grad_input(dy, x, transform, saved.where, sums, out)
-    dweight = None if transform.weight is None else verbs.cast(sum_dz_x, saved.weight_dtype)
-    dbias = None if transform.bias is None else verbs.cast(sum_dz, saved.bias_dtype)
+    dx, dweight, dbias, dz = steps.backward(verbs, dy, x, transform, saved.where, saved.is_constant, out)
+    dweight = None if transform.weight is None else verbs.of_vector(dweight, x, saved.weight_dtype)
+    dbias = None if transform.bias is None else verbs.of_vector(dbias, x, saved.bias_dtype)
     if not saved.has_residual:
         return Gradients(dx, dweight, dbias)
     return ResidualGradients(dx, dweight, dbias, dz if dresidual is None else dresidual)
@@ -287,7 +290,17 @@ def moments(x: Array, *, axis: int | tuple[int, ...] = 1, where: Array | None = 
         same_backend(verbs, "x", "where", where)
         where = verbs.check_where(x, where)
     _check_group(group)
-    return Moments.of(*_moments(verbs, x, kept, where))
+    if verbs.is_traced(x):
+        return Moments.of(*verbs.traced_moments(x, kept, where))
+    count, mean, m2 = steps.moments(verbs, x, kept, where)
+    _check_count(count, where)
+    return _as_moments(verbs, x, count, mean, m2)
+
+
+def _as_moments(verbs: Verbs, x: Array, count: Any, mean: Array, m2: Array) -> Moments:
+    if not is_number(count):
+        count = verbs.of_vector(count, x)
+    return Moments.of(count, verbs.of_vector(mean, x), verbs.of_vector(m2, x))
 
 
 class _Call(NamedTuple):
@@ -384,49 +397,52 @@ def _check_group(group: Any) -> None:
         raise NotImplementedError("group: statistics over several processes are not available yet; pass None")
 
 
-def _moments(verbs: Verbs, x: Array, kept: tuple[int, ...], where: Array | None) -> tuple[Count, Array, Array]:
-    if 0 in x.shape:
-        nothing = verbs.zeros(features_shape(x.shape, kept), x)
-        return 0, nothing, nothing
-    count, mean, m2 = verbs.moments(x, kept, where)
-    if where is not None and not verbs.is_finite(verbs.zeros((), x) + count):
+def _check_count(count: Any, where: Array | None) -> None:
+    """Raise if a sum of weights is not finite."""
+    if where is not None and not (isfinite(count) if is_number(count) else backend(count).is_finite(count)):
         raise ValueError("where holds weights whose sum is beyond the largest number; scale them")
-    return count, mean, m2
 
 
-def _given(verbs: Verbs, x: Array, stats: RunningStats | Moments | None) -> tuple[Count, Array, Array]:
-    """The statistics to evaluate with, as (count, mean, m2)."""
+def _arrays(stats: RunningStats | Moments | None) -> tuple[Array, ...]:
+    """What of the statistics a library may follow."""
+    return (stats.mean, stats.m2) if isinstance(stats, Moments) else () if stats is None else stats.mean_and_var()
+
+
+def _given(
+    convert: Callable[[Array, Array], Array], x: Array, stats: RunningStats | Moments | None
+) -> steps.Statistics:
+    """The statistics to evaluate with."""
     if isinstance(stats, Moments):
-        count = stats.count if isinstance(stats.count, int | float) else verbs.convert(stats.count, x)
+        count = stats.count if is_number(stats.count) else convert(stats.count, x)
         mean, m2 = stats.mean, stats.m2
     else:
         assert stats is not None, "checked before"
         count = 1
         mean, m2 = stats.mean_and_var()
-    return count, verbs.convert(mean, x), verbs.convert(m2, x)
+    return count, convert(mean, x), convert(m2, x)
 
 
 def _forward(call: _Call) -> tuple[Array, Transform]:
     """Return (y, what was done to x): first what can fail, then out, then the update."""
     verbs, x, kept, weight, bias, stats, training, eps, where, relu, residual, out = call
-    weight = None if weight is None else verbs.widen(weight)
-    bias = None if bias is None else verbs.widen(bias)
-    y = update = None
-    if not training:
-        transform = Transform(kept, *_given(verbs, x, stats), eps, weight, bias, relu, residual)
-    else:
-        batch = None
-        if out is None and residual is None and where is None and 0 not in x.shape:
-            # All in one go, because it goes into memory that nobody has seen yet.
-            batch = verbs.forward(x, kept, eps, weight, bias, relu)
-        count, mean, m2, y = batch or (*_moments(verbs, x, kept, where), None)
-        transform = Transform(kept, count, mean, m2, eps, weight, bias, relu, residual)
+    update = None
+
+    def decide(count: Any, mean: Array, m2: Array) -> None:
+        nonlocal update
+        _check_count(count, where)
         if isinstance(stats, RunningStats):
-            update = stats.prepare(count, mean, m2)
-    if 0 in x.shape:
-        y = verbs.empty_like(x) if out is None else out
-    elif y is None:
-        y = verbs.normalize(x, transform, out)
+            update = verbs.prepare(stats, count, mean, m2)
+
+    if verbs.is_traced(x, weight, bias, residual, *_arrays(stats)):
+        given = None if training else _given(verbs.convert, x, stats)
+        y, transform = verbs.traced_forward(x, weight, bias, residual, where, given, kept, eps, relu)
+        if training:
+            decide(transform.count, transform.mean, transform.m2)
+    else:
+        given = None if training else _given(verbs.vector, x, stats)
+        weight = None if weight is None else verbs.vector(weight, x, copy=True)
+        bias = None if bias is None else verbs.vector(bias, x, copy=True)
+        y, transform = steps.forward(verbs, x, weight, bias, residual, where, given, kept, eps, relu, out, decide)
     if update is not None:
         update()
     return y, transform

@@ -37,6 +37,11 @@ def explains_momentum(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return wrapper
 
 
+def is_number(count: Count) -> bool:
+    """Whether a count is one for all features, and no array."""
+    return isinstance(count, int | float)
+
+
 class Moments:
     """Count, mean and sum of squared deviations of each feature: an immutable value.
 
@@ -89,9 +94,7 @@ class Moments:
         """Take arrays of float64 as they are, without a copy: for backends' results."""
         verbs = backend(mean, "mean")
         self = cls.__new__(cls)
-        self._set(
-            count if isinstance(count, int | float) else verbs.freeze(count), verbs.freeze(mean), verbs.freeze(m2)
-        )
+        self._set(count if is_number(count) else verbs.freeze(count), verbs.freeze(mean), verbs.freeze(m2))
         return self
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -158,7 +161,7 @@ def _checked_moments(moments: object) -> Moments:
 
 
 def _checked_count(count: Count, like: Array) -> Count:
-    if isinstance(count, int | float):
+    if is_number(count):
         if not count >= 0 or not isfinite(count):
             raise ValueError(f"count is {count}; it should be a number >= 0")
         return count
@@ -365,7 +368,7 @@ class RunningStats:
         if self in _frozen.get():
             return _nothing
         verbs = backend(mean)
-        lowest = count if isinstance(count, int | float) else verbs.lowest(count)
+        lowest = count if is_number(count) else verbs.lowest(count)
         if lowest == 0:
             return _nothing
         if self._update_rate is not None and lowest <= self._correction:
@@ -398,7 +401,7 @@ class RunningStats:
     def _take_in(self, count: Count, mean: Array, m2: Array) -> None:
         like = self._state.mean
         verbs = backend(like)
-        count = count if isinstance(count, int | float) else verbs.convert(count, like)
+        count = count if is_number(count) else verbs.convert(count, like)
         batch = count, verbs.convert(mean, like), verbs.convert(m2, like)
         self._replace(lambda state: self._after(state, batch, num_updates=1))
 
@@ -411,14 +414,14 @@ class RunningStats:
             return self._held(_State(count, mean, var, m2, num_updates, state.num_skipped))
         mean, var = verbs.update_stats(state.mean, state.var, batch, self._update_rate, self._correction)
         count = state.count + batch[0]
-        if not isinstance(count, int | float):
+        if not is_number(count):
             count = verbs.freeze(count)
         return _State(count, mean, var, None, num_updates, state.num_skipped)
 
     def _held(self, state: _State) -> _State:
         """The state with arrays that nobody can change."""
         freeze = backend(state.mean).freeze
-        count = state.count if isinstance(state.count, int | float) else freeze(state.count)
+        count = state.count if is_number(state.count) else freeze(state.count)
         m2 = None if state.m2 is None else freeze(state.m2)
         return state._replace(count=count, mean=freeze(state.mean), var=freeze(state.var), m2=m2)
 
@@ -481,7 +484,7 @@ class RunningStats:
         """Return a copy that lives on like's library and device."""
         verbs = backend(like, "like")
         new, state = self.copy(), self._state
-        count = state.count if isinstance(state.count, int | float) else verbs.convert(state.count, like)
+        count = state.count if is_number(state.count) else verbs.convert(state.count, like)
         m2 = None if state.m2 is None else verbs.convert(state.m2, like)
         mean, var = verbs.convert(state.mean, like), verbs.convert(state.var, like)
         new._state = new._held(state._replace(count=count, mean=mean, var=var, m2=m2))
@@ -498,7 +501,7 @@ class RunningStats:
         """Return a consistent snapshot: running_mean, running_var, count, num_updates, num_skipped."""
         state = self._state
         copy = backend(state.mean).copy
-        count = state.count if isinstance(state.count, int | float) else copy(state.count)
+        count = state.count if is_number(state.count) else copy(state.count)
         return dict(
             zip(_FIELDS, (copy(state.mean), copy(state.var), count, state.num_updates, state.num_skipped), strict=True)
         )
@@ -554,7 +557,7 @@ class RunningStats:
         state = self._state
         verbs = backend(state.mean)
         arrays = {"mean": state.mean, "var": state.var, **({} if state.m2 is None else {"m2": state.m2})}
-        plain = isinstance(state.count, int | float)
+        plain = is_number(state.count)
         load("_archive").write(
             path,
             {name: verbs.to_numpy(array) for name, array in arrays.items()}

@@ -18,7 +18,7 @@ from bnarray.kernels.cpu.compiled import Kernel
 from bnarray.kernels.cpu.lanes import MOST
 from bnarray.kernels.cpu.memory import NOWHERE
 from bnarray.kernels.cpu.walk import FAMILY, WIDTH
-from bnarray.layout import COLUMNS, Split, features_shape, layout, split
+from bnarray.layout import COLUMNS, Split, broadcast_strides, features_shape, layout, split, varies_along
 
 Vector: TypeAlias = npt.NDArray[np.float64]
 Strides: TypeAlias = tuple[int, ...]
@@ -150,6 +150,11 @@ def _parameters(weight: Array | None, bias: Array | None) -> tuple[Vector, Vecto
 def flat(of_features: Vector) -> Vector:
     """A per-feature array with one axis."""
     return of_features if of_features.ndim == 1 else of_features.reshape(-1)
+
+
+def shaped(vector: Vector, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+    """A flat per-feature array with the features' axes."""
+    return vector if len(shape) == 1 else vector.reshape(shape)
 
 
 def counted(count: Any) -> tuple[float, Vector]:
@@ -332,3 +337,80 @@ def write_grad_input(
     kinds = x.kind, dy.kind, x.kind if where is None else where.kind
     in_place = dx.address == dy.address
     step.run(owners, *addresses, *kinds, in_place, *_statistics(transform), *((NONE, NONE) if sums is None else sums))
+
+
+# -- Verbs -------------------------------------------------------------------------------------------------------------
+
+
+class Adapter:
+    """The verbs over the arrays of one library, by how it is looked at and how it allocates.
+
+    Vectors are NumPy arrays of float64, and counts numbers or such arrays.
+    """
+
+    def __init__(self, memory: Callable[[Array], Memory], empty_like: Callable[[Array], Array]) -> None:
+        self._memory = memory
+        self._empty_like = empty_like
+
+    def _optional(self, x: Array | None) -> Memory | None:
+        return None if x is None else self._memory(x)
+
+    def _where(self, x: Memory, where: Array | None) -> Memory | None:
+        if where is None:
+            return None
+        seen = self._memory(where)
+        return seen._replace(shape=x.shape, strides=broadcast_strides(seen.shape, seen.strides, x.shape))
+
+    def moments(self, x: Array, kept: tuple[int, ...], where: Array | None) -> tuple[Any, Vector, Vector]:
+        seen = self._memory(x)
+        shape = features_shape(seen.shape, kept)
+        count, mean, m2 = find_moments(seen, kept, self._where(seen, where))
+        number: Any = prod(seen.shape) // mean.size
+        if where is not None:
+            number = count.reshape(shape) if varies_along(where.shape, len(seen.shape), kept) else float(count[0])
+        return number, shaped(mean, shape), shaped(m2, shape)
+
+    def forward(
+        self, x: Array, kept: tuple[int, ...], eps: float, weight: Vector | None, bias: Vector | None, relu: bool
+    ) -> tuple[Any, Vector, Vector, Array] | None:
+        y, seen = self._empty_like(x), self._memory(x)
+        found = find_and_write(seen, kept, eps, weight, bias, relu, self._memory(y))
+        if found is None:
+            return None
+        count, mean, m2 = found
+        shape = features_shape(seen.shape, kept)
+        return count, shaped(mean, shape), shaped(m2, shape), y
+
+    def normalize(self, x: Array, transform: Transform, out: Array | None) -> Array:
+        y = self._empty_like(x) if out is None else out
+        write_normalized(self._memory(x), transform, self._optional(transform.residual), self._memory(y))
+        return y
+
+    def grad_sums(self, dy: Array, x: Array, transform: Transform) -> tuple[Vector, Vector]:
+        sums = find_grad_sums(self._memory(dy), self._memory(x), transform, self._optional(transform.residual))
+        sum_dz, sum_dz_x = (each.reshape(transform.mean.shape) for each in sums)
+        return sum_dz, sum_dz_x
+
+    def grad_input(
+        self,
+        dy: Array,
+        x: Array,
+        transform: Transform,
+        where: Array | None,
+        sums: tuple[Vector, Vector] | None,
+        out: Array | None,
+    ) -> tuple[Array, Array | None]:
+        dx = self._empty_like(x) if out is None else out
+        dresidual = None if transform.residual is None else self._empty_like(x)
+        seen = self._memory(x)
+        write_grad_input(
+            self._memory(dy),
+            seen,
+            transform,
+            self._optional(transform.residual),
+            self._where(seen, where),
+            None if sums is None else (flat(sums[0]), flat(sums[1])),
+            self._memory(dx),
+            self._optional(dresidual),
+        )
+        return dx, dresidual

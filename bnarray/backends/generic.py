@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace, device, size
 
-from bnarray.dispatch import Array, Transform, backend
+from bnarray.dispatch import Array, Capabilities, Transform, backend
 from bnarray.kernels.merge import merge as _merge
 from bnarray.layout import along_features, broadcasts, features_shape, varies_along
 
 Count = Any  # a number or an array
+
+CAPABILITIES = Capabilities()
 
 # NaN and infinity are values here, in the libraries that are NumPy underneath too.
 _quiet = np.errstate(all="ignore")
@@ -161,6 +163,38 @@ def convert(x: Array, like: Array) -> Array:
     if type(x) is type(like):
         return xp.asarray(x, device=device(like))
     return xp.asarray(backend(x).to_numpy(x), dtype=xp.float64, device=device(like))
+
+
+def vector(of_features: Array, x: Array, copy: bool = False) -> Array:
+    """Return a per-feature array of any library in the form in which these verbs take it beside x.
+
+    That is an array like x here, and for a library on strided memory one of NumPy. With `copy` it is nobody else's.
+    """
+    array = convert(of_features, x)
+    return widen(array) if copy else array
+
+
+def of_vector(of_features: Array, x: Array, dtype: Any = None) -> Array:
+    """Return a vector as an array of x's library, on its device, in a dtype if one is given."""
+    return of_features if dtype is None else cast(of_features, dtype)
+
+
+# -- Arrays that a library follows, to differentiate or compile what is done to them -----------------------------------
+
+
+def is_traced(*arrays: Array | None) -> bool:
+    """Whether the library follows what is done to one of the arrays."""
+    return False
+
+
+def traced_forward(*arguments: Any) -> tuple[Array, Transform]:
+    """Do what `steps.forward` does with the same arguments, in a form that the library can follow."""
+    raise NotImplementedError("arrays of this library are never traced")
+
+
+def traced_moments(x: Array, kept: tuple[int, ...], where: Array | None) -> tuple[Count, Array, Array]:
+    """Do what `moments` does, in a form that the library can follow; return arrays of the library."""
+    raise NotImplementedError("arrays of this library are never traced")
 
 
 # -- Forward -----------------------------------------------------------------------------------------------------------
@@ -338,6 +372,11 @@ def lowest(array: Count) -> float:
     if not bool(xp.any(array != 0)):
         return 0.0
     return float(xp.min(xp.where(array != 0, array, xp.full_like(array, float("inf")))))
+
+
+def prepare(stats: Any, count: Count, mean: Array, m2: Array) -> Any:
+    """Decide what an update of a `RunningStats` with a batch does, and return the function that does it."""
+    return stats.prepare(count, mean, m2)
 
 
 @_quiet

@@ -6,13 +6,15 @@ import numpy as np
 import numpy.typing as npt
 
 from bnarray.backends import _strided
-from bnarray.backends._strided import NONE, Memory, Vector, counted, flat
+from bnarray.backends._strided import NONE, Memory, Vector, counted, flat, shaped
 from bnarray.backends.generic import Count
-from bnarray.dispatch import Transform, backend
+from bnarray.dispatch import Capabilities, backend
 from bnarray.kernels.cpu import features, memory
-from bnarray.layout import broadcast_strides, broadcasts, features_shape, varies_along
+from bnarray.layout import broadcasts
 
 ndarray = npt.NDArray[Any]
+
+CAPABILITIES = Capabilities(dtypes=("float16", "bfloat16", "float32", "float64"), runs="compiled kernels", layouts=True)
 
 _KINDS = {
     np.dtype(np.float16): memory.FLOAT16,
@@ -50,26 +52,6 @@ def _address(x: ndarray, kind: int) -> int:
 def _memory(x: ndarray) -> Memory:
     kind = _KINDS[x.dtype]
     return Memory(x, _address(x, kind), kind, x.shape, x.strides)
-
-
-def _optional(x: ndarray | None) -> Memory | None:
-    return None if x is None else _memory(x)
-
-
-def _where(x: ndarray, where: ndarray | None) -> Memory | None:
-    if where is None:
-        return None
-    strides = broadcast_strides(where.shape, where.strides, x.shape)
-    kind = _KINDS[where.dtype]
-    return Memory(where, _address(where, kind), kind, x.shape, strides)
-
-
-def _flat(of_features: ndarray) -> Vector:
-    return flat(np.ascontiguousarray(of_features, np.float64))
-
-
-def _shaped(vector: Vector, shape: tuple[int, ...]) -> ndarray:
-    return vector if len(shape) == 1 else vector.reshape(shape)
 
 
 def _check_array(x: Any, name: str) -> None:
@@ -194,12 +176,25 @@ def convert(x: Any, like: ndarray) -> ndarray:
     return x if isinstance(x, np.ndarray) else np.asarray(backend(x).to_numpy(x), np.float64)
 
 
+def vector(of_features: Any, x: ndarray, copy: bool = False) -> ndarray:
+    array = convert(of_features, x)
+    return np.array(array, np.float64, order="C") if copy else array
+
+
+def of_vector(of_features: ndarray, x: ndarray, dtype: np.dtype[Any] | None = None) -> ndarray:
+    return of_features if dtype is None else cast(of_features, dtype)
+
+
 def to_numpy(x: ndarray) -> ndarray:
     return np.array(x)
 
 
+def _contiguous(of_features: ndarray) -> Vector:
+    return flat(np.ascontiguousarray(of_features, np.float64))
+
+
 def is_finite(array: ndarray, other: ndarray | None = None) -> bool:
-    return bool(features.are_finite.call(_flat(array), NONE if other is None else _flat(other)))
+    return bool(features.are_finite.call(_contiguous(array), NONE if other is None else _contiguous(other)))
 
 
 def update_stats(
@@ -210,60 +205,12 @@ def update_stats(
     vectors = flat(mean), flat(var), *counted(count), flat(batch_mean), flat(batch_m2)
     features.running.call(*vectors, rate, correction, new)
     new.setflags(write=False)
-    return _shaped(new[0], mean.shape), _shaped(new[1], mean.shape)
+    return shaped(new[0], mean.shape), shaped(new[1], mean.shape)
 
 
-def moments(x: ndarray, kept: tuple[int, ...], where: ndarray | None) -> tuple[Count, ndarray, ndarray]:
-    shape = features_shape(x.shape, kept)
-    count, mean, m2 = _strided.find_moments(_memory(x), kept, _where(x, where))
-    number: Count = x.size // mean.size
-    if where is not None:
-        number = count.reshape(shape) if varies_along(where.shape, x.ndim, kept) else float(count[0])
-    return number, mean.reshape(shape), m2.reshape(shape)
-
-
-def forward(
-    x: ndarray, kept: tuple[int, ...], eps: float, weight: ndarray | None, bias: ndarray | None, relu: bool
-) -> tuple[Count, ndarray, ndarray, ndarray] | None:
-    y = empty_like(x)
-    found = _strided.find_and_write(_memory(x), kept, eps, weight, bias, relu, _memory(y))
-    if found is None:
-        return None
-    count, mean, m2 = found
-    shape = features_shape(x.shape, kept)
-    return count, _shaped(mean, shape), _shaped(m2, shape), y
-
-
-def normalize(x: ndarray, transform: Transform, out: ndarray | None) -> ndarray:
-    y = empty_like(x) if out is None else out
-    _strided.write_normalized(_memory(x), transform, _optional(transform.residual), _memory(y))
-    return y
-
-
-def grad_sums(dy: ndarray, x: ndarray, transform: Transform) -> tuple[ndarray, ndarray]:
-    sums = _strided.find_grad_sums(_memory(dy), _memory(x), transform, _optional(transform.residual))
-    sum_dz, sum_dz_x = (each.reshape(transform.mean.shape) for each in sums)
-    return sum_dz, sum_dz_x
-
-
-def grad_input(
-    dy: ndarray,
-    x: ndarray,
-    transform: Transform,
-    where: ndarray | None,
-    sums: tuple[ndarray, ndarray] | None,
-    out: ndarray | None,
-) -> tuple[ndarray, ndarray | None]:
-    dx = empty_like(x) if out is None else out
-    dresidual = None if transform.residual is None else empty_like(x)
-    _strided.write_grad_input(
-        _memory(dy),
-        _memory(x),
-        transform,
-        _optional(transform.residual),
-        _where(x, where),
-        None if sums is None else (flat(sums[0]), flat(sums[1])),
-        _memory(dx),
-        _optional(dresidual),
-    )
-    return dx, dresidual
+_strided_verbs = _strided.Adapter(_memory, empty_like)
+moments = _strided_verbs.moments
+forward = _strided_verbs.forward
+normalize = _strided_verbs.normalize
+grad_sums = _strided_verbs.grad_sums
+grad_input = _strided_verbs.grad_input

@@ -53,8 +53,10 @@ class Transform(NamedTuple):
 
 
 class Capabilities(NamedTuple):
-    """What a backend does for its arrays, declared once (``CAPABILITIES`` in its module): the tests' marks, the table in
-    the documentation and what benchmarks leave out are made from it."""
+    """What a backend does for its arrays, declared once, as ``CAPABILITIES`` in its module.
+
+    The tests' marks, the table in the documentation and what benchmarks leave out are made from it.
+    """
 
     dtypes: tuple[str, ...] = ("float32", "float64")
     runs: str = "the library's own functions"  # what does the work

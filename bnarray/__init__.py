@@ -50,6 +50,7 @@ def __getattr__(name: str) -> Any:
     if name not in _ROOMS:
         raise AttributeError(f"module 'bnarray' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"bnarray.{_ROOMS[name]}"), name)
+    import_module("bnarray.dispatch").meet()
     return value
 
 

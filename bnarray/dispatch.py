@@ -4,6 +4,8 @@ A backend is a module of verbs (see `VERBS`) on whole arrays; what it leaves out
 imported by name when the first array of its library arrives, so that no library is imported which the user did not.
 """
 
+import sys
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
@@ -16,20 +18,10 @@ Verbs: TypeAlias = Any  # a namespace with a function for each of VERBS
 VERBS = (
     *("check", "check_where", "check_out", "overlap"),
     *("empty_like", "zeros", "copy", "guide", "widen", "cast", "parameter_dtype", "freeze", "to_numpy", "convert"),
-    *("vector", "of_vector", "is_traced", "traced_forward", "traced_moments"),
+    *("vector", "of_vector", "is_traced", "traced_forward", "traced_backward", "traced_moments"),
     *("moments", "normalize", "forward", "grad_sums", "grad_input"),
-    *(
-        "along",
-        "merge",
-        "variance",
-        "sum_of_squares",
-        "only_above",
-        "invstd",
-        "prepare",
-        "update_stats",
-        "is_finite",
-        "lowest",
-    ),
+    *("along", "merge", "variance", "sum_of_squares", "only_above", "invstd"),
+    *("prepare", "current", "update_stats", "is_finite", "lowest", "number"),
 )
 
 
@@ -131,6 +123,19 @@ def _find(kind: type) -> Verbs | None:
     if hasattr(kind, "__array_namespace__"):
         return _verbs(kind.__module__.partition(".")[0], load("generic"))
     return None
+
+
+# Libraries whose compilers and transformations want to know a backend before they meet a call of it.
+_AHEAD = ("torch",)
+
+
+def meet() -> None:
+    """Load the backends of those frameworks that the user has imported and that cannot do so in the midst of a call."""
+    for library in _AHEAD:
+        if library in sys.modules and library not in _verbs_of_library and library not in _registered:
+            with suppress(Exception):  # a broken framework is told of when an array of it arrives
+                module = load(library)
+                _verbs_of_type.update(dict.fromkeys(module.TYPES, _verbs(library, module)))
 
 
 def backend(x: Array, name: str = "x") -> Verbs:

@@ -250,7 +250,11 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
         dresidual = verbs.cast(dy, x.dtype)
         if out is not None and verbs.overlap(out, dresidual):
             dresidual = verbs.copy(dresidual)
-    dx, dweight, dbias, dz = steps.backward(verbs, dy, x, transform, saved.where, saved.is_constant, out)
+    if verbs.is_traced(x, dy, transform.weight, transform.bias, transform.residual):
+        gradients = verbs.traced_backward(dy, x, transform, saved.where, saved.is_constant)
+    else:
+        gradients = steps.backward(verbs, dy, x, transform, saved.where, saved.is_constant, out)
+    dx, dweight, dbias, dz = gradients
     dweight = None if transform.weight is None else verbs.of_vector(dweight, x, saved.weight_dtype)
     dbias = None if transform.bias is None else verbs.of_vector(dbias, x, saved.bias_dtype)
     if not saved.has_residual:
@@ -342,9 +346,9 @@ def _checked(
     kept = kept_axes(axis, x.ndim)
     features = features_shape(x.shape, kept)
     if weight is not None:
-        _check_parameter(verbs, "weight", weight, features)
+        weight = _checked_parameter(verbs, "weight", weight, features)
     if bias is not None:
-        _check_parameter(verbs, "bias", bias, features)
+        bias = _checked_parameter(verbs, "bias", bias, features)
     if stats is not None or not training:
         _check_stats(stats, training, features)
     eps = checked_number(eps, "eps")
@@ -370,11 +374,12 @@ def _checked(
     return _Call(verbs, x, kept, weight, bias, stats, training, eps, where, relu, residual, out)
 
 
-def _check_parameter(verbs: Verbs, name: str, parameter: Array, features: tuple[int, ...]) -> None:
+def _checked_parameter(verbs: Verbs, name: str, parameter: Array, features: tuple[int, ...]) -> Array:
     same_backend(verbs, "x", name, parameter)
-    verbs.check(parameter, name)
+    parameter = verbs.check(parameter, name)
     if tuple(parameter.shape) != features:
         raise ValueError(f"{name} has shape {tuple(parameter.shape)}; it should have the features', {features}")
+    return parameter
 
 
 def _check_stats(stats: RunningStats | Moments | None, training: bool, features: tuple[int, ...]) -> None:
@@ -409,7 +414,7 @@ def _arrays(stats: RunningStats | Moments | None) -> tuple[Array, ...]:
 
 
 def _given(
-    convert: Callable[[Array, Array], Array], x: Array, stats: RunningStats | Moments | None
+    verbs: Verbs, convert: Callable[[Array, Array], Array], x: Array, stats: RunningStats | Moments | None
 ) -> steps.Statistics:
     """The statistics to evaluate with."""
     if isinstance(stats, Moments):
@@ -418,7 +423,7 @@ def _given(
     else:
         assert stats is not None, "checked before"
         count = 1
-        mean, m2 = stats.mean_and_var()
+        mean, m2 = verbs.current(stats, x)
     return count, convert(mean, x), convert(m2, x)
 
 
@@ -434,12 +439,12 @@ def _forward(call: _Call) -> tuple[Array, Transform]:
             update = verbs.prepare(stats, count, mean, m2)
 
     if verbs.is_traced(x, weight, bias, residual, *_arrays(stats)):
-        given = None if training else _given(verbs.convert, x, stats)
+        given = None if training else _given(verbs, verbs.convert, x, stats)
         y, transform = verbs.traced_forward(x, weight, bias, residual, where, given, kept, eps, relu)
         if training:
             decide(transform.count, transform.mean, transform.m2)
     else:
-        given = None if training else _given(verbs.vector, x, stats)
+        given = None if training else _given(verbs, verbs.vector, x, stats)
         weight = None if weight is None else verbs.vector(weight, x, copy=True)
         bias = None if bias is None else verbs.vector(bias, x, copy=True)
         y, transform = steps.forward(verbs, x, weight, bias, residual, where, given, kept, eps, relu, out, decide)

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial, reduce, wraps
+from itertools import count as count_from
 from math import inf, isfinite
 from typing import Any, NamedTuple, ParamSpec, TypeVar
+from weakref import WeakValueDictionary
 
-from bnarray.dispatch import Array, backend, default_backend, load
+from bnarray.dispatch import Array, backend, default_backend, load, meet
 
 Count = Any  # a number, or an array of the features' shape
 
@@ -200,6 +202,25 @@ if hasattr(os, "register_at_fork"):
         before=_replacing.acquire, after_in_parent=_replacing.release, after_in_child=_replacing.release
     )
 
+# Compiled code knows a state by its number.
+_keys = count_from(1)
+_by_key: WeakValueDictionary[int, "RunningStats"] = WeakValueDictionary()
+
+
+def state_of(key: int) -> "RunningStats":
+    """Return the `RunningStats` with a key.
+
+    Raises
+    ------
+    RuntimeError
+        If it is gone.
+    """
+    stats = _by_key.get(key)
+    if stats is None:
+        raise RuntimeError("compiled code asks for a RunningStats that exists no longer; compile it anew")
+    return stats
+
+
 # The states that calls in this context do not update.
 _frozen: ContextVar[tuple["RunningStats", ...]] = ContextVar("bnarray_frozen", default=())
 
@@ -282,8 +303,14 @@ class RunningStats:
         if nonfinite not in ("skip", "raise", "propagate"):
             raise ValueError(f"nonfinite is {nonfinite!r}; it should be 'skip', 'raise' or 'propagate'")
         self._nonfinite = nonfinite
+        meet()
         verbs = default_backend() if like is None else backend(like, "like")
         self._state = self._initial(verbs.zeros(self._shape, like))
+        self._register()
+
+    def _register(self) -> None:
+        self.key = next(_keys)
+        _by_key[self.key] = self
 
     def _initial(self, zeros: Array) -> _State:
         freeze = backend(zeros).freeze
@@ -382,7 +409,7 @@ class RunningStats:
                     "the batch's statistics hold a NaN or an infinity; the running ones are unchanged"
                 )
             _warn("the batch's statistics hold a NaN or an infinity; the running ones skip it (see num_skipped)")
-            return self._skip
+            return self.skip
         return partial(self._take_in, count, mean, m2)
 
     def _replace(self, change: Callable[[_State], _State]) -> None:
@@ -395,7 +422,8 @@ class RunningStats:
                     self._state = after
                     return
 
-    def _skip(self) -> None:
+    def skip(self) -> None:
+        """Count a batch that is left out."""
         self._replace(lambda state: state._replace(num_skipped=state.num_skipped + 1))
 
     def _take_in(self, count: Count, mean: Array, m2: Array) -> None:
@@ -478,6 +506,7 @@ class RunningStats:
         """Return an independent copy: one consistent snapshot."""
         new = RunningStats.__new__(RunningStats)
         new.__dict__.update(self.__dict__)
+        new._register()
         return new
 
     def to(self, like: Array) -> "RunningStats":
@@ -495,6 +524,7 @@ class RunningStats:
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         self.__dict__.update(attributes)
+        self._register()
         self._state = self._held(self._state)
 
     def state_dict(self) -> dict[str, Any]:

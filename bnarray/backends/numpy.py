@@ -129,6 +129,11 @@ def check_out(out: ndarray, x: ndarray, allowed: dict[str, ndarray], forbidden: 
         raise ValueError(f"out has shape {out.shape}; it should have x's, {x.shape}")
     if not out.flags.writeable:
         raise TypeError("out is read-only; it should be an array that can be written to")
+    check_memory(out, allowed, forbidden)
+
+
+def check_memory(out: ndarray, allowed: dict[str, ndarray], forbidden: dict[str, ndarray]) -> None:
+    """Raise if out's elements share memory with one another, with part of an allowed array, or with a forbidden one."""
     if _repeats(out):
         raise ValueError(
             f"out has strides {out.strides}, by which elements overlap; it should have memory for each element"

@@ -1,0 +1,267 @@
+"""torch tensors, as long as torch need not follow what is done to them.
+
+On the CPU the kernels work on their memory; elsewhere, and under `torch.func`, it is torch's own functions.
+"""
+
+from math import inf
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd import forward_ad
+
+from bnarray.backends import _strided
+from bnarray.backends import numpy as numpy_backend
+from bnarray.backends._strided import Memory, Vector
+from bnarray.backends.generic import plain
+from bnarray.dispatch import Transform, backend
+from bnarray.kernels.cpu import memory
+from bnarray.layout import broadcasts
+
+Tensor = torch.Tensor
+Count = Any  # a number or an array
+
+_KINDS = {
+    torch.float16: memory.FLOAT16,
+    torch.bfloat16: memory.BFLOAT16,
+    torch.float32: memory.FLOAT32,
+    torch.float64: memory.FLOAT64,
+    torch.bool: memory.BOOL,
+}
+_FLOATS = set(_KINDS) - {torch.bool}
+
+# Where NumPy converts as torch does, but in a third of the time.
+_OF_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+
+# Types without behaviour of their own.
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+# What vectors are like.
+_NUMPY = np.empty(0)
+
+is_compiling = torch.compiler.is_compiling
+_are_transforms_active = torch._C._are_functorch_transforms_active
+_number_of_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+
+
+# -- Which road --------------------------------------------------------------------------------------------------------
+
+
+def is_transformed() -> bool:
+    """Whether a transformation of `torch.func`, or forward differentiation, watches what torch itself does."""
+    return _are_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_recorded(x: Tensor) -> bool:
+    """Whether calls are recorded (compiled, exported, traced) or intercepted.
+
+    They must be operators then: of what a kernel does to memory torch sees nothing.
+    """
+    return (
+        is_compiling()
+        or _number_of_modes() > 0
+        or _tracing_state() is not None
+        or (type(x) not in _PLAIN and type(x).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl)
+    )
+
+
+def _has_memory(x: Tensor) -> bool:
+    """Whether kernels can work on a tensor."""
+    return x.is_cpu and not is_recorded(x) and not is_transformed()
+
+
+def _of(x: Tensor) -> Any:
+    return _kernels if _has_memory(x) else plain
+
+
+# -- Arrays ------------------------------------------------------------------------------------------------------------
+
+
+def check(x: Tensor, name: str) -> Tensor:
+    if x.dtype not in _FLOATS:
+        raise TypeError(
+            f"{name} has dtype {x.dtype}; it should be float16, bfloat16, float32 or float64: convert it, for example "
+            f"by {name}.to(torch.float32)"
+        )
+    return _plain(x, name)
+
+
+def _plain(x: Tensor, name: str) -> Tensor:
+    """x as its memory has it."""
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {x.layout}; it should be dense: convert it by {name}.to_dense()")
+    if type(x) not in _PLAIN and type(x).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl:
+        x = x.as_subclass(Tensor)
+    if is_compiling():
+        return x
+    # Signs that are still to be turned, and zeros that have no memory yet.
+    return x.clone() if x.is_neg() or x._is_zerotensor() else x
+
+
+def check_where(x: Tensor, where: Tensor) -> Tensor:
+    if not broadcasts(where.shape, x.shape):
+        raise ValueError(f"where has shape {tuple(where.shape)}; it should broadcast to x's, {tuple(x.shape)}")
+    if where.requires_grad:
+        raise TypeError("where requires grad, and has no gradient; pass where.detach()")
+    if where.dtype is not torch.bool:
+        if where.dtype not in _FLOATS:
+            raise TypeError(f"where has dtype {where.dtype}; it should be boolean (a mask) or floating (weights)")
+        if values_are_known(where) and not bool(((where >= 0) & torch.isfinite(where)).all()):
+            raise ValueError("where holds a weight that is negative, infinite or NaN; weights should be >= 0")
+    return _plain(where, "where")
+
+
+def values_are_known(x: Tensor) -> bool:
+    """Whether a number may be asked for."""
+    return not _are_transforms_active() and not is_recorded(x)
+
+
+def check_out(out: Tensor, x: Tensor, allowed: dict[str, Tensor], forbidden: dict[str, Tensor]) -> None:
+    plain.check_out(out, x, {}, {})
+    if torch.is_grad_enabled():
+        for name, tensor in {"out": out, **allowed, **forbidden}.items():
+            if tensor.requires_grad:
+                raise TypeError(
+                    f"{name} requires grad, and autograd records no writing into out; leave out=, or call under "
+                    f"torch.no_grad()"
+                )
+    if not _has_memory(out):
+        raise TypeError("out is a tensor without memory that can be written to here; leave out=")
+    _plain(out, "out")
+    views = [{name: _as_numpy(each) for name, each in arrays.items()} for arrays in (allowed, forbidden)]
+    numpy_backend.check_memory(_as_numpy(out), *views)
+
+
+def _as_numpy(x: Tensor) -> Any:
+    """x's memory as an array, of integers where NumPy has not its dtype."""
+    x = x.detach()
+    return (x.view(torch.int16) if x.dtype is torch.bfloat16 else x).numpy()
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    return a is b or (_has_memory(a) and _has_memory(b) and numpy_backend.overlap(_as_numpy(a), _as_numpy(b)))
+
+
+def empty_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64, device=like.device)
+
+
+def copy(x: Tensor) -> Tensor:
+    return x.detach().clone()
+
+
+def guide(*arrays: Tensor) -> Any:
+    return tuple(_strides(array) for array in arrays)
+
+
+def widen(x: Tensor) -> Tensor:
+    return x.to(torch.float64, copy=True)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype)
+
+
+def parameter_dtype(like: Tensor) -> torch.dtype:
+    return torch.float64 if like.dtype is torch.float64 else torch.float32
+
+
+def to_numpy(x: Tensor) -> Any:
+    return x.detach().to("cpu", torch.float64, copy=True).numpy()
+
+
+def convert(x: Any, like: Tensor) -> Tensor:
+    if isinstance(x, Tensor):
+        return x.to(like.device)
+    array = backend(x).to_numpy(x) if not isinstance(x, np.ndarray) else x
+    return torch.tensor(array, dtype=torch.float64, device=like.device)
+
+
+def vector(of_features: Any, x: Tensor, copy: bool = False) -> Any:
+    if not _has_memory(x):
+        return convert(of_features, x).to(torch.float64, copy=copy)
+    if not isinstance(of_features, Tensor):
+        return numpy_backend.vector(of_features, _NUMPY, copy)
+    if of_features.dtype is torch.bfloat16:
+        of_features = of_features.to(torch.float32)
+    array = of_features.detach().numpy()
+    return np.array(array, np.float64)
+
+
+def of_vector(of_features: Any, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    if isinstance(of_features, Tensor):
+        return of_features.to(dtype)
+    if dtype not in _OF_NUMPY:
+        return torch.tensor(of_features, dtype=dtype)
+    with np.errstate(all="ignore"):  # beyond a dtype is infinity, or zero
+        return torch.from_numpy(np.array(of_features, _OF_NUMPY[dtype]))
+
+
+# -- Verbs -------------------------------------------------------------------------------------------------------------
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    size = x.itemsize
+    return tuple([size * step for step in x.stride()])
+
+
+def _memory(x: Tensor) -> Memory:
+    return Memory(x, x.data_ptr(), _KINDS[x.dtype], tuple(x.shape), _strides(x))
+
+
+_kernels = _strided.Adapter(_memory, empty_like)
+
+
+def moments(x: Tensor, kept: tuple[int, ...], where: Tensor | None) -> tuple[Count, Any, Any]:
+    return _of(x).moments(x, kept, where)  # type: ignore[no-any-return]  # a verb
+
+
+def forward(
+    x: Tensor, kept: tuple[int, ...], eps: float, weight: Vector | None, bias: Vector | None, relu: bool
+) -> tuple[Count, Any, Any, Tensor] | None:
+    return _of(x).forward(x, kept, eps, weight, bias, relu)  # type: ignore[no-any-return]  # a verb
+
+
+def normalize(x: Tensor, transform: Transform, out: Tensor | None) -> Tensor:
+    y: Tensor = _of(x).normalize(x, transform, out)
+    if out is not None:
+        torch.autograd.graph.increment_version(out)  # which tells autograd that what it may have saved has changed
+    return y
+
+
+def grad_sums(dy: Tensor, x: Tensor, transform: Transform) -> tuple[Any, Any]:
+    sums: tuple[Any, Any] = _of(x).grad_sums(dy, x, transform)
+    return sums
+
+
+def grad_input(
+    dy: Tensor,
+    x: Tensor,
+    transform: Transform,
+    where: Tensor | None,
+    sums: tuple[Any, Any] | None,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    dx, dresidual = _of(x).grad_input(dy, x, transform, where, sums, out)
+    if out is not None:
+        torch.autograd.graph.increment_version(out)
+    return dx, dresidual
+
+
+def is_finite(array: Tensor, other: Tensor | None = None) -> bool:
+    return not values_are_known(array) or plain.is_finite(array, other)
+
+
+def lowest(array: Any) -> float:
+    if not isinstance(array, Tensor):
+        return inf if not isinstance(array, int | float) else array
+    return float(plain.lowest(array.detach())) if values_are_known(array) else inf
+
+
+def number(array: Tensor) -> Any:
+    return float(array.detach()) if values_are_known(array) else array

@@ -41,6 +41,7 @@ def kernels(shape: tuple[int, ...], kept: tuple[int, ...], dtype: Any) -> dict[s
         "forward": (2, lambda: _strided.find_and_write(of_x, kept, 0.0, None, None, False, of_y)),
         "grad_sums": (2, lambda: verbs.grad_sums(dy, x, transform)),
         "grad_input": (3, lambda: verbs.grad_input(dy, x, transform, None, sums, y)),
+        "backward": (3, lambda: _strided.find_and_write_gradient(verbs._memory(dy), of_x, transform, of_y)),
     }
 
 

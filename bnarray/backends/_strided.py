@@ -13,7 +13,18 @@ import numpy as np
 import numpy.typing as npt
 
 from bnarray.dispatch import Array, Transform
-from bnarray.kernels.cpu import coefficients, forward, gate, grad_input, grad_sums, memory, moments, normalize, pool
+from bnarray.kernels.cpu import (
+    backward,
+    coefficients,
+    forward,
+    gate,
+    grad_input,
+    grad_sums,
+    memory,
+    moments,
+    normalize,
+    pool,
+)
 from bnarray.kernels.cpu.compiled import Kernel
 from bnarray.kernels.cpu.lanes import MOST
 from bnarray.kernels.cpu.memory import NOWHERE
@@ -215,9 +226,18 @@ def _forward_step(
         forward.kernel, (), _tile_type(kind), shape, kept, (x_strides, y_strides),
         tiles=2, vectors=coefficients.VECTORS + 4 * alone.groups if is_columns else 1,
     )  # fmt: skip
+    return _joint(alone, kind, shape, joint, reads=1)
+
+
+def _joint(alone: _Step, kind: int, shape: tuple[int, ...], joint: _Step, reads: int) -> _Step | None:
+    """The plan for two passes in one go, if that is worth it and has the tiles of the first pass alone.
+
+    `reads` is how many arrays of x's size are wanted in cache between the two.
+    """
     small = prod(shape) < WORTH_SHARING
     item = np.dtype(_tile_type(kind)).itemsize
-    stays = prod(shape) // joint.features * item <= CACHED and alone.grid[WIDTH] >= LONG and not is_columns
+    is_columns = alone.grid[FAMILY] == COLUMNS
+    stays = reads * prod(shape) // joint.features * item <= CACHED and alone.grid[WIDTH] >= LONG and not is_columns
     same_tiles = (joint.grid == alone.grid).all() and joint.axes[0].tolist() == alone.axes[0].tolist()
     if not (small or (stays and joint.features >= MANY)) or not same_tiles:
         return None
@@ -296,6 +316,37 @@ def find_grad_sums(dy: Memory, x: Memory, transform: Transform, residual: Memory
     sum_dz, sum_dz_x = sums.reshape(2, step.groups * times, -1)
     grad_sums.add_groups.call(sum_dz, sum_dz_x, *counted(whole.count), flat(whole.m2), whole.eps)
     return sum_dz[0].copy(), sum_dz_x[0].copy()
+
+
+@lru_cache(maxsize=4096)
+def _backward_step(
+    kind: int, shape: tuple[int, ...], kept: tuple[int, ...], gate: int, *strides: Strides
+) -> _Step | None:
+    """The plan for sums and gradient in one go (see `_forward_step`), or None where two kernels are no slower."""
+    x_strides, dy_strides, _ = strides
+    if split(shape, kept, x_strides):
+        return None
+    alone = _grad_sums_step(kind, shape, kept, gate, (), x_strides, dy_strides, x_strides)
+    joint = _step(
+        backward.kernel, (gate,), _tile_type(kind), shape, kept, strides, tiles=3 + gate,
+        vectors=coefficients.VECTORS + 2 + 2 * alone.groups if alone.grid[FAMILY] == COLUMNS else 1,
+    )  # fmt: skip
+    return _joint(alone, kind, shape, joint, reads=2)
+
+
+def find_and_write_gradient(dy: Memory, x: Memory, transform: Transform, dx: Memory) -> tuple[Vector, Vector] | None:
+    """Write the gradient of x to dx; return Σ dz and Σ dz · x̂. None if one go is no faster, or float32 does not do."""
+    gate = _gate(transform)
+    step = _backward_step(x.kind, x.shape, transform.kept, gate, x.strides, dy.strides, dx.strides)
+    if step is None:
+        return None
+    sum_dz, sum_dz_x = np.empty((2, step.features))
+    operands = x.address, dy.address, dx.address, x.kind, dy.kind
+    arguments = *operands, *_statistics(transform), sum_dz, sum_dz_x
+    owners = x.owner, dy.owner, dx.owner
+    if not pool.run(step.kernel, step.pieces, step.room, step.grid, step.axes, *arguments, owners=owners):
+        return None
+    return sum_dz, sum_dz_x
 
 
 @lru_cache(maxsize=4096)
@@ -385,6 +436,14 @@ class Adapter:
         y = self._empty_like(x) if out is None else out
         write_normalized(self._memory(x), transform, self._optional(transform.residual), self._memory(y))
         return y
+
+    def backward(self, dy: Array, x: Array, transform: Transform) -> tuple[Array, Vector, Vector] | None:
+        dx = self._empty_like(x)
+        sums = find_and_write_gradient(self._memory(dy), self._memory(x), transform, self._memory(dx))
+        if sums is None:
+            return None
+        shape = transform.mean.shape
+        return dx, shaped(sums[0], shape), shaped(sums[1], shape)
 
     def grad_sums(self, dy: Array, x: Array, transform: Transform) -> tuple[Vector, Vector]:
         sums = find_grad_sums(self._memory(dy), self._memory(x), transform, self._optional(transform.residual))

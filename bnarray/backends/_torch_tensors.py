@@ -234,6 +234,10 @@ def normalize(x: Tensor, transform: Transform, out: Tensor | None) -> Tensor:
     return y
 
 
+def backward(dy: Tensor, x: Tensor, transform: Transform) -> tuple[Tensor, Any, Any] | None:
+    return _of(x).backward(dy, x, transform)  # type: ignore[no-any-return]  # a verb
+
+
 def grad_sums(dy: Tensor, x: Tensor, transform: Transform) -> tuple[Any, Any]:
     sums: tuple[Any, Any] = _of(x).grad_sums(dy, x, transform)
     return sums

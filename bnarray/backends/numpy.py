@@ -216,6 +216,7 @@ def update_stats(
 _strided_verbs = _strided.Adapter(_memory, empty_like)
 moments = _strided_verbs.moments
 forward = _strided_verbs.forward
+backward = _strided_verbs.backward
 normalize = _strided_verbs.normalize
 grad_sums = _strided_verbs.grad_sums
 grad_input = _strided_verbs.grad_input

@@ -8,6 +8,7 @@ from bnarray.backends import _torch_operations
 from bnarray.backends._torch_tensors import (
     Count,
     Tensor,
+    backward,
     cast,
     check,
     check_out,

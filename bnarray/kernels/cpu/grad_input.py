@@ -55,6 +55,13 @@ from bnarray.kernels.cpu.walk import TILE, address_of, carve_place, steps_of, ti
 CONSTANT, BATCH, WEIGHTED = range(3)
 
 
+@machinery
+def _sums_of_line(common, slope, row):
+    """As `of_line`: of one feature for all lines of the tile, or of one for each."""
+    c = row if common.size > 1 else 0
+    return common[c], slope[c]
+
+
 @mapping
 def _constant_rows(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
     for row in range(rows):
@@ -65,10 +72,10 @@ def _constant_rows(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, co
 
 
 @mapping
-def _batch_rows(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
+def batch_rows(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
     for row in range(rows):
         center, low, rest, scale, _ = of_line(of, row)
-        mean_dz, steep = common[row], slope[row]
+        mean_dz, steep = _sums_of_line(common, slope, row)
         dz, dx = line(dz_tile[0], dz_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
         x = line(x_tile[0], x_tile[1], row, columns, like)
         for i in range(dz.size):
@@ -80,7 +87,7 @@ def _batch_rows(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, commo
 def _weighted_rows(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
     for row in range(rows):
         center, _, _, scale, _ = of_line(of, row)
-        mean_dz, steep = common[row], slope[row]
+        mean_dz, steep = _sums_of_line(common, slope, row)
         dz, dx = line(dz_tile[0], dz_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
         x, w = line(x_tile[0], x_tile[1], row, columns, like), line(w_tile[0], w_tile[1], row, columns, 0.0)
         for i in range(dz.size):
@@ -98,7 +105,7 @@ def _constant_columns(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of,
 
 
 @mapping
-def _batch_columns(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
+def batch_columns(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
     center, low, rest, scale, _ = of
     for row in range(rows):
         dz, dx = line(dz_tile[0], dz_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
@@ -120,7 +127,7 @@ def _weighted_columns(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of,
 
 
 @machinery
-def _fill_slopes(commons, slopes, count, counts, m2, eps, sum_dz, sum_dz_x):
+def fill_slopes(commons, slopes, count, counts, m2, eps, sum_dz, sum_dz_x):
     """common = Σ dz / n,  slope = Σ dz · x̂ / n · invstd; nothing over nothing is 0. Return whether they fit float32."""
     fit = True
     for c in range(m2.size):
@@ -135,8 +142,8 @@ def _fill_slopes(commons, slopes, count, counts, m2, eps, sum_dz, sum_dz_x):
 _FORMULAS = {
     (CONSTANT, False): _constant_rows,
     (CONSTANT, True): _constant_columns,
-    (BATCH, False): _batch_rows,
-    (BATCH, True): _batch_columns,
+    (BATCH, False): batch_rows,
+    (BATCH, True): batch_columns,
     (WEIGHTED, False): _weighted_rows,
     (WEIGHTED, True): _weighted_columns,
 }
@@ -168,7 +175,7 @@ def kernel(dtype, is_columns, gate, statistics):
         of_all, room = carve_coefficients(room, mean.size, like)
         fit = fill(of_all, count, counts, mean, m2, eps, weight, bias)
         if statistics != CONSTANT:
-            fit &= _fill_slopes(commons, slopes, count, counts, m2, eps, sum_dz, sum_dz_x)
+            fit &= fill_slopes(commons, slopes, count, counts, m2, eps, sum_dz, sum_dz_x)
         if single and not fit:
             counter[REFUSED] = 1
             return

@@ -77,7 +77,7 @@ def _add(dz_tile, x_tile, rows, columns, like, mean, sum_dz, sum_dz_x):
 
 
 @machinery
-def _add_rows(dz_tile, x_tile, rows, columns, like, mean, sum_dz, sum_dz_x, sums):
+def add_rows(dz_tile, x_tile, rows, columns, like, mean, sum_dz, sum_dz_x, sums):
     center, plain, product = sums[0], sums[1], sums[2]
     item, width = item_of(like), width_of(columns)
     clear(plain, width)
@@ -91,7 +91,7 @@ def _add_rows(dz_tile, x_tile, rows, columns, like, mean, sum_dz, sum_dz_x, sums
 
 
 @machinery
-def _add_columns(dz_tile, x_tile, rows, columns, like, mean, sum_dz, sum_dz_x, sums):
+def add_columns(dz_tile, x_tile, rows, columns, like, mean, sum_dz, sum_dz_x, sums):
     # Not in place: at its edges the memory of the partial results is another thread's too.
     plain, product = sums[1, :columns], sums[2, :columns]
     sums[1:3, :columns] = 0
@@ -104,7 +104,7 @@ def _add_columns(dz_tile, x_tile, rows, columns, like, mean, sum_dz, sum_dz_x, s
 @cache
 def kernel(dtype, is_columns, gate):
     """Make the kernel that leaves each group's Σ dz and Σ dz · (x − mean) in a row of its last two arguments."""
-    add = _add_columns if is_columns else _add_rows
+    add = add_columns if is_columns else add_rows
     pass_gate = gate_columns if is_columns else gate_rows
     pass_gate_onto = gate_columns_onto if is_columns else gate_rows_onto
 

@@ -1,0 +1,174 @@
+"""Both sums and the gradient of x back to back, for batch statistics without weights: memory is read once.
+
+The same tiles, groups and order of adding as in `grad_sums`, and the same arithmetic as in `grad_input`, so the results
+have the same bits. In the rows family a feature at a time, for features that stay in the cache of one core between the
+two; in the columns family all of x at once, for one thread and small arrays. Where float32 turns out not to do, both
+are to be done once more.
+
+Traffic: reads x and dy once from memory and once from cache, writes dx once.
+"""
+
+from functools import cache
+
+import numpy as np
+from numba import types
+
+from bnarray.kernels.cpu.coefficients import (
+    STATISTICS,
+    carve_coefficients,
+    count_of,
+    fill,
+    invstd_of,
+    of_features,
+)
+from bnarray.kernels.cpu.compiled import Kernel, counter, index, indices, machinery, results, scratch, table
+from bnarray.kernels.cpu.gate import OPEN, gate_columns, gate_rows
+from bnarray.kernels.cpu.grad_input import batch_columns, batch_rows, fill_slopes
+from bnarray.kernels.cpu.grad_sums import add_columns, add_rows
+from bnarray.kernels.cpu.lanes import MOST
+from bnarray.kernels.cpu.memory import carve, carve_rows, load, room_in, store, target, tile_of
+from bnarray.kernels.cpu.pool import NEXT, REFUSED, take
+from bnarray.kernels.cpu.walk import (
+    CHUNKS,
+    CHUNKS_PER_GROUP,
+    SPANS,
+    TILE,
+    WIDTH,
+    address_of,
+    carve_place,
+    place_chunk,
+    place_span,
+    steps_of,
+    tiles,
+)
+
+# Operands 1, 2, 3 of the axes are x, dy and dx.
+
+
+def _passing(gate, is_columns):
+    """A function that loads the tiles of x and of what passes the gate."""
+    pass_gate = gate_columns if is_columns else gate_rows
+
+    @machinery
+    def load_both(x, dy, kind, dy_kind, axes, place, rows, columns, like, of, values, gradients, gated):
+        x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
+        dz_tile = load(address_of(dy, axes, 2, place), steps_of(axes, 2), rows, columns, dy_kind, gradients)
+        if gate != OPEN:
+            pass_gate(dz_tile, x_tile, gated, rows, columns, like, of)
+            dz_tile = tile_of(gated, columns)
+        return x_tile, dz_tile
+
+    return load_both
+
+
+def _rows(dtype, gate):
+    like, single, load_both = dtype(0), dtype is np.float32, _passing(gate, False)
+
+    def backward(
+        counter, scratch, grid, axes, x, dy, dx, kind, dy_kind,
+        count, counts, mean, m2, eps, weight, bias, sum_dz, sum_dz_x,
+    ):  # fmt: skip
+        place, room = carve_place(room_in(scratch), axes)
+        values, room = carve(room, grid[TILE], like)
+        gradients, room = carve(room, grid[TILE], like)
+        gated, room = carve(room, 0 if gate == OPEN else grid[TILE], like)
+        written, room = carve(room, grid[TILE], like)
+        sums, room = carve_rows(room, 3, MOST, 0.0)
+        part, room = carve_rows(room, 2, 1, 0.0)
+        common, room = carve(room, 1, like)
+        slope, room = carve(room, 1, like)
+        of, room = carve_coefficients(room, 1, like)
+        c = take(counter)
+        while c < grid[SPANS]:
+            own = slice(c, c + 1)
+            own_counts = counts[own] if counts.size else counts
+            fit = fill(of, count, own_counts, mean[own], m2[own], eps, weight[own], bias[own])
+            sum_dz[c], sum_dz_x[c] = 0, 0
+            for first in range(0, grid[CHUNKS], grid[CHUNKS_PER_GROUP]):
+                part[:] = 0
+                for chunk in range(first, min(first + grid[CHUNKS_PER_GROUP], grid[CHUNKS])):
+                    rows, columns = place_chunk(grid, axes, chunk, place), place_span(grid, axes, c, place)[0]
+                    x_tile, dz_tile = load_both(
+                        x, dy, kind, dy_kind, axes, place, rows, columns, like, of, values, gradients, gated
+                    )
+                    add_rows(dz_tile, x_tile, rows, columns, like, mean[own], part[0], part[1], sums)
+                sum_dz[c] += part[0, 0]
+                sum_dz_x[c] += part[1, 0]
+            sum_dz_x[c] *= invstd_of(count_of(c, count, counts), m2[c], eps)
+            fit &= fill_slopes(common, slope, count, own_counts, m2[own], eps, sum_dz[own], sum_dz_x[own])
+            if single and not fit:
+                counter[REFUSED] = 1
+            for chunk in range(grid[CHUNKS]):
+                rows, columns = place_chunk(grid, axes, chunk, place), place_span(grid, axes, c, place)[0]
+                x_tile, dz_tile = load_both(
+                    x, dy, kind, dy_kind, axes, place, rows, columns, like, of, values, gradients, gated
+                )
+                dx_at, dx_steps = address_of(dx, axes, 3, place), steps_of(axes, 3)
+                dx_tile = target(dx_at, dx_steps, rows, columns, kind, written, False)
+                batch_rows(dz_tile, x_tile, x_tile, dx_tile, rows, columns, like, of, common, slope)
+                store(dx_at, dx_steps, rows, columns, kind, written, dx_tile[0])
+            c = take(counter)
+
+    return backward
+
+
+def _columns(dtype, gate):
+    like, single, load_both = dtype(0), dtype is np.float32, _passing(gate, True)
+
+    def backward(
+        counter, scratch, grid, axes, x, dy, dx, kind, dy_kind,
+        count, counts, mean, m2, eps, weight, bias, sum_dz, sum_dz_x,
+    ):  # fmt: skip
+        place, room = carve_place(room_in(scratch), axes)
+        values, room = carve(room, grid[TILE], like)
+        gradients, room = carve(room, grid[TILE], like)
+        gated, room = carve(room, 0 if gate == OPEN else grid[TILE], like)
+        written, room = carve(room, grid[TILE], like)
+        sums, room = carve_rows(room, 3, max(grid[WIDTH], MOST), 0.0)
+        groups = (grid[CHUNKS] + grid[CHUNKS_PER_GROUP] - 1) // grid[CHUNKS_PER_GROUP]
+        plain, room = carve_rows(room, groups, mean.size, 0.0)
+        product, room = carve_rows(room, groups, mean.size, 0.0)
+        common, room = carve(room, mean.size, like)
+        slope, room = carve(room, mean.size, like)
+        of_all, room = carve_coefficients(room, mean.size, like)
+        fit = fill(of_all, count, counts, mean, m2, eps, weight, bias)
+        plain[:], product[:] = 0, 0
+        for group, rows, columns, first, last in tiles(counter, grid, axes, place):
+            of = of_features(of_all, first, last)
+            x_tile, dz_tile = load_both(
+                x, dy, kind, dy_kind, axes, place, rows, columns, like, of, values, gradients, gated
+            )
+            into = plain[group, first:last], product[group, first:last]
+            add_columns(dz_tile, x_tile, rows, columns, like, mean[first:last], *into, sums)
+        for c in range(mean.size):
+            sum_dz[c], sum_dz_x[c] = 0, 0
+            for group in range(groups):
+                sum_dz[c] += plain[group, c]
+                sum_dz_x[c] += product[group, c]
+            sum_dz_x[c] *= invstd_of(count_of(c, count, counts), m2[c], eps)
+        fit &= fill_slopes(common, slope, count, counts, m2, eps, sum_dz, sum_dz_x)
+        if single and not fit:
+            counter[REFUSED] = 1
+            return
+        counter[NEXT] = 0
+        for _, rows, columns, first, last in tiles(counter, grid, axes, place):
+            of = of_features(of_all, first, last)
+            x_tile, dz_tile = load_both(
+                x, dy, kind, dy_kind, axes, place, rows, columns, like, of, values, gradients, gated
+            )
+            dx_at, dx_steps = address_of(dx, axes, 3, place), steps_of(axes, 3)
+            dx_tile = target(dx_at, dx_steps, rows, columns, kind, written, False)
+            of_sums = common[first:last], slope[first:last]
+            batch_columns(dz_tile, x_tile, x_tile, dx_tile, rows, columns, like, of, *of_sums)
+            store(dx_at, dx_steps, rows, columns, kind, written, dx_tile[0])
+
+    return backward
+
+
+@cache
+def kernel(dtype, is_columns, gate):
+    """Make the kernel for tiles of one dtype, open or gated by ReLU, that also writes Σ dz and Σ dz · x̂."""
+    name = f"backward_{gate}_{'columns' if is_columns else 'rows'}_{dtype.__name__}"
+    operands = (counter, scratch, indices, table, index, index, index, index, index)
+    make = _columns if is_columns else _rows
+    return Kernel(name, types.void(*operands, *STATISTICS, results, results), make(dtype, gate))

@@ -371,7 +371,7 @@ def _checked(
 
 
 def _check_parameter(verbs: Verbs, name: str, parameter: Array, features: tuple[int, ...]) -> None:
-    same_backend(verbs, "x", name, parameter)
+    same_backend(verbs, "x", name, parameter, also=verbs.capabilities.parameters)
     verbs.check(parameter, name)
     if tuple(parameter.shape) != features:
         raise ValueError(f"{name} has shape {tuple(parameter.shape)}; it should have the features', {features}")

@@ -254,26 +254,31 @@ def _find_grad_input(
         return verbs.grad_input(verbs.check(dy, "dy"), x, transform, where, sums, None)[of_residual]
 
 
+@np.errstate(all="ignore")
+def _add(dz_a: ndarray, dz_x_a: ndarray, dz_b: ndarray, dz_x_b: ndarray) -> tuple[ndarray, ndarray]:
+    return dz_a + dz_b, dz_x_a + dz_x_b
+
+
 def _merge_fields(records: ndarray, axis: tuple[int, ...], keepdims: bool) -> ndarray:
-    return _joined(records, axis, keepdims, generic.merge)
+    return _joined(records, axis, generic.merge)
 
 
 def _add_fields(records: ndarray, axis: tuple[int, ...], keepdims: bool) -> ndarray:
-    return _joined(records, axis, keepdims, lambda a, b, c, d: (a + c, b + d))
+    return _joined(records, axis, _add)
 
 
 def _as_it_is(records: ndarray, axis: tuple[int, ...], keepdims: bool) -> ndarray:
     return records
 
 
-def _joined(records: ndarray, axis: tuple[int, ...], keepdims: bool, join: Any) -> ndarray:
-    """Join the records along some axes, in order."""
+def _joined(records: ndarray, axis: tuple[int, ...], join: Any) -> ndarray:
+    """Join the records along some axes, in order; those axes stay."""
     lines = np.moveaxis(records, axis, range(len(axis)))
     number, shape = prod(lines.shape[: len(axis)]), lines.shape[len(axis) :]
     names: Any = records.dtype.names
     fields = ([line[name] for name in names] for line in lines.reshape(number, *shape))
     joined = _filled(records.dtype, shape, reduce(lambda a, b: join(*a, *b), fields))
-    return np.expand_dims(joined, axis) if keepdims else joined
+    return np.expand_dims(joined, axis)
 
 
 # -- Graphs ------------------------------------------------------------------------------------------------------------
@@ -338,7 +343,7 @@ def _records_of_chunks(x: da.Array, kept: tuple[int, ...], dtype: Any) -> dict[s
 
 
 def _reduced(records: da.Array, kept: tuple[int, ...], join: Any) -> da.Array:
-    """The records of all chunks joined, in a tree."""
+    """The records of all chunks joined, in a tree; the reduced axes stay (older dask adds records up to drop axes)."""
     reduced = tuple(axis for axis in range(records.ndim) if axis not in kept)
     if not reduced:
         return records
@@ -348,10 +353,18 @@ def _reduced(records: da.Array, kept: tuple[int, ...], join: Any) -> da.Array:
         aggregate=join,
         combine=join,
         axis=reduced,
+        keepdims=True,
         dtype=records.dtype,
         split_every=_JOINED,
-        meta=np.empty((0,) * len(kept), records.dtype),
+        meta=records._meta,
     )
+
+
+def _known_fields(records: da.Array, kept: tuple[int, ...]) -> list[ndarray]:
+    """Compute joined records, now, and return their fields in the features' shape."""
+    (known,) = dask.compute(records)
+    shape = features_shape(known.shape, kept)
+    return [np.array(known[name], order="C").reshape(shape) for name in known.dtype.names]
 
 
 # -- Verbs -------------------------------------------------------------------------------------------------------------
@@ -376,10 +389,10 @@ def moments(x: da.Array, kept: tuple[int, ...], where: da.Array | None) -> tuple
     if 0 in x.shape:
         nothing = da.zeros(features_shape(x.shape, kept))
         return 0, nothing, nothing
-    records = _moments(x, kept, where)
+    records, drop = _moments(x, kept, where), tuple(slice(None) if axis in kept else 0 for axis in range(x.ndim))
+    lazy_count, mean, m2 = (records[name][drop] for name in _MOMENTS.names)
     count = prod(size for axis, size in enumerate(x.shape) if axis not in kept)
-    is_known = where is None and not isnan(count)
-    return (count if is_known else records["count"]), records["mean"], records["m2"]
+    return (count if where is None and not isnan(count) else lazy_count), mean, m2
 
 
 traced_moments = moments
@@ -389,8 +402,7 @@ def _known_moments(x: da.Array, kept: tuple[int, ...], where: da.Array | None) -
     """The statistics as NumPy arrays: one pass over x, now."""
     if 0 in x.shape:
         return 0, *np.zeros((2, *features_shape(x.shape, kept)))
-    (records,) = dask.compute(_moments(x, kept, where))
-    count, mean, m2 = (np.array(records[name], order="C") for name in _MOMENTS.names)
+    count, mean, m2 = _known_fields(_moments(x, kept, where), kept)
     if where is None:
         return int(count.flat[0]), mean, m2
     return (count if varies_along(where.shape, x.ndim, kept) else float(count.flat[0])), mean, m2
@@ -422,8 +434,7 @@ def grad_sums(dy: da.Array, x: da.Array, transform: Transform) -> tuple[Array, A
     """Return the sums, computed now; each as an array of the parameter's library, whose gradient it is."""
     kept = transform.kept
     found = _transformed(_find_grad_sums, x, transform, (dy,), (), **_records_of_chunks(x, kept, _SUMS))
-    (records,) = dask.compute(_reduced(found, kept, _add_fields))
-    sum_dz, sum_dz_x = (np.array(records[name], order="C") for name in _SUMS.names)
+    sum_dz, sum_dz_x = _known_fields(_reduced(found, kept, _add_fields), kept)
     return _as_array_like(transform.bias, sum_dz), _as_array_like(transform.weight, sum_dz_x)
 
 

@@ -24,6 +24,7 @@ from bnarray.backends.generic import Count
 from bnarray.dispatch import Array, Capabilities, Transform, Verbs, backend, default_backend
 from bnarray.kernels.cpu import pool
 from bnarray.layout import along_features, broadcasts, features_shape, varies_along
+from bnarray.stats import is_number
 
 ndarray = npt.NDArray[Any]
 
@@ -126,22 +127,18 @@ def _is_lazy(x: Any) -> bool:
     return isinstance(x, da.Array)
 
 
-def _is_number(count: Count) -> bool:
-    return isinstance(count, int | float)
-
-
 def _computed(*arrays: Any) -> list[Any]:
     """Arrays as NumPy's and numbers as they are: one pass for all that are lazy."""
     found = dask.compute(*arrays) if any(map(_is_lazy, arrays)) else arrays
-    return [each if _is_number(each) else np.array(_in_numpy(each), np.float64, order="C") for each in found]
+    return [each if is_number(each) else np.array(_in_numpy(each), np.float64, order="C") for each in found]
 
 
 def _in_numpy(of_features: Any) -> Any:
-    return of_features if _is_number(of_features) else default_backend().convert(of_features, None)
+    return of_features if is_number(of_features) else default_backend().convert(of_features, None)
 
 
 def to_numpy(x: Array) -> ndarray:
-    return np.array(dask.compute(x)[0])
+    return np.array(_in_numpy(dask.compute(x)[0]))
 
 
 def convert(x: Array, like: da.Array) -> Array:
@@ -162,7 +159,9 @@ def along(x: da.Array, kept: tuple[int, ...], of_features: Array) -> Array:
     return of_features.reshape(along_features(x.shape, kept))
 
 
-# -- Tasks: a chunk of each array, in which backend it may be ----------------------------------------------------------
+# -- Tasks -------------------------------------------------------------------------------------------------------------
+
+# What runs on a worker. x, dy, where and the residual are chunks here, and vectors are the parts that belong to them.
 
 
 def _checked_chunk(x: Array) -> tuple[Verbs, Array]:
@@ -178,7 +177,7 @@ def _filled(dtype: Any, shape: tuple[int, ...], fields: Iterable[Any]) -> ndarra
 
 
 def _records(dtype: Any, x: Array, kept: tuple[int, ...], *fields: Any) -> ndarray:
-    """What a chunk leaves, with an axis for each of x's."""
+    """What a chunk leaves of its features, with an axis for each of x's."""
     records = _filled(dtype, features_shape(x.shape, kept), map(_in_numpy, fields))
     return records.reshape(along_features(x.shape, kept))
 
@@ -199,7 +198,7 @@ def _transform(
 
 
 def _chunk_vector(verbs: Verbs, x: Array, of_features: Any) -> Any:
-    known = of_features is None or _is_number(of_features)
+    known = of_features is None or is_number(of_features)
     return of_features if known else verbs.vector(np.asarray(of_features), x, copy=True)
 
 
@@ -295,7 +294,7 @@ def _in_chunks_of(x: da.Array, array: da.Array | None) -> tuple[Any, ...]:
 
 def _in_features_of(x: da.Array, kept: tuple[int, ...], of_features: Any) -> tuple[Any, ...]:
     """Likewise a per-feature array; None and numbers go to every task."""
-    if of_features is None or _is_number(of_features):
+    if of_features is None or is_number(of_features):
         return of_features, None
     chunks = tuple(x.chunks[axis] for axis in kept)
     if not _is_lazy(of_features):
@@ -371,10 +370,11 @@ def _known_fields(records: da.Array, kept: tuple[int, ...]) -> list[ndarray]:
 
 
 def is_traced(*arrays: Array | None) -> bool:
+    """Say that dask follows everything: a call becomes a graph."""
     return True
 
 
-def _moments(x: da.Array, kept: tuple[int, ...], where: da.Array | None) -> da.Array:
+def _moment_records(x: da.Array, kept: tuple[int, ...], where: da.Array | None) -> da.Array:
     """The records of x's features."""
     if any(isnan(x.shape[axis]) for axis in kept):
         raise ValueError(
@@ -389,7 +389,7 @@ def moments(x: da.Array, kept: tuple[int, ...], where: da.Array | None) -> tuple
     if 0 in x.shape:
         nothing = da.zeros(features_shape(x.shape, kept))
         return 0, nothing, nothing
-    records, drop = _moments(x, kept, where), tuple(slice(None) if axis in kept else 0 for axis in range(x.ndim))
+    records, drop = _moment_records(x, kept, where), tuple(slice(None) if axis in kept else 0 for axis in range(x.ndim))
     lazy_count, mean, m2 = (records[name][drop] for name in _MOMENTS.names)
     count = prod(size for axis, size in enumerate(x.shape) if axis not in kept)
     return (count if where is None and not isnan(count) else lazy_count), mean, m2
@@ -402,7 +402,7 @@ def _known_moments(x: da.Array, kept: tuple[int, ...], where: da.Array | None) -
     """The statistics as NumPy arrays: one pass over x, now."""
     if 0 in x.shape:
         return 0, *np.zeros((2, *features_shape(x.shape, kept)))
-    count, mean, m2 = _known_fields(_moments(x, kept, where), kept)
+    count, mean, m2 = _known_fields(_moment_records(x, kept, where), kept)
     if where is None:
         return int(count.flat[0]), mean, m2
     return (count if varies_along(where.shape, x.ndim, kept) else float(count.flat[0])), mean, m2
@@ -473,7 +473,7 @@ def merge(
     samples = count_a, mean_a, m2_a, count_b, mean_b, m2_b
     meta = np.empty((0,) * mean_a.ndim, _MOMENTS)
     records = _per_feature(_merge, mean_a, *samples, dtype=_MOMENTS, meta=meta)
-    is_known = _is_number(count_a) and _is_number(count_b)
+    is_known = is_number(count_a) and is_number(count_b)
     return (count_a + count_b if is_known else records["count"]), records["mean"], records["m2"]
 
 

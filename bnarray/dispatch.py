@@ -57,6 +57,8 @@ class Capabilities(NamedTuple):
     lazy: bool = False  # results are computed when they are asked for
     gradients: str = "batch_norm_backward"  # how they are had
     transforms: tuple[str, ...] = ()  # of the library, under which calls work
+    parameters: tuple[str, ...] = ()  # other libraries whose arrays are taken as weight and bias
+    conversion: str = "from_dlpack({})"  # what of the library makes its array of another's
 
 
 # The part of a type's module before the first dot, where it is not the library's own name.
@@ -108,7 +110,8 @@ def _verbs(library: str, module: Any) -> Verbs:
     if library not in _verbs_of_library:
         generic = load("generic")
         verbs = {verb: getattr(module, verb, None) or getattr(generic, verb) for verb in VERBS}
-        _verbs_of_library[library] = SimpleNamespace(library=library, **verbs)
+        capabilities = getattr(module, "CAPABILITIES", generic.CAPABILITIES)
+        _verbs_of_library[library] = SimpleNamespace(library=library, capabilities=capabilities, **verbs)
     return _verbs_of_library[library]
 
 
@@ -164,8 +167,10 @@ def default_backend() -> Verbs:
     return _verbs("numpy", load("numpy"))
 
 
-def same_backend(verbs: Verbs, of: str, name: str, array: Array) -> None:
+def same_backend(verbs: Verbs, of: str, name: str, array: Array, also: tuple[str, ...] = ()) -> None:
     """Check that an array, if it is not None, belongs to the library whose verbs are given, that of the argument `of`.
+
+    `also` are names of other libraries that will do.
 
     Raises
     ------
@@ -175,8 +180,9 @@ def same_backend(verbs: Verbs, of: str, name: str, array: Array) -> None:
     if array is None or _verbs_of_type.get(type(array)) is verbs:
         return
     other = backend(array, name)
-    if other is not verbs:
+    if other is not verbs and other.library not in also:
+        conversion = f"{verbs.library}'s {verbs.capabilities.conversion.format(name)}"
         raise TypeError(
             f"{name} is an array of {other.library} and {of} one of {verbs.library}; convert one of them, for "
-            f"example by {verbs.library}'s from_dlpack({name})"
+            f"example by {f'{name}.compute()' if other.capabilities.lazy else conversion}"
         )

@@ -375,7 +375,7 @@ def _checked(
 
 
 def _checked_parameter(verbs: Verbs, name: str, parameter: Array, features: tuple[int, ...]) -> Array:
-    same_backend(verbs, "x", name, parameter)
+    same_backend(verbs, "x", name, parameter, also=verbs.capabilities.parameters)
     parameter = verbs.check(parameter, name)
     if tuple(parameter.shape) != features:
         raise ValueError(f"{name} has shape {tuple(parameter.shape)}; it should have the features', {features}")

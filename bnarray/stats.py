@@ -388,7 +388,7 @@ class RunningStats:
             raise TypeError(f"moments is a {type(moments).__name__}; it should be Moments: see bnarray.moments")
         if tuple(moments.mean.shape) != self._shape:
             raise ValueError(f"moments has features of shape {tuple(moments.mean.shape)}; it should be {self._shape}")
-        self.prepare(moments.count, moments.mean, moments.m2)()
+        backend(moments.mean).prepare(self, moments.count, moments.mean, moments.m2)()
 
     def prepare(self, count: Count, mean: Array, m2: Array) -> Callable[[], None]:
         """Decide what an update with a batch does, raise or warn if it must, and return the function that does it."""

@@ -12,6 +12,9 @@ import itertools
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from queue import SimpleQueue
 from typing import Any
 
@@ -35,8 +38,23 @@ def take(counter):
     return handover.add(counter.ctypes.data + 8 * NEXT, 1)
 
 
+_is_serial: ContextVar[bool] = ContextVar("bnarray_serial", default=False)
+
+
+@contextmanager
+def serial() -> Iterator[None]:
+    """Let calls inside, in this thread (context) only, do without helpers: for tasks that run side by side already."""
+    token = _is_serial.set(True)
+    try:
+        yield
+    finally:
+        _is_serial.reset(token)
+
+
 def threads() -> int:
-    """Return Numba's number of threads for the current thread, without starting Numba's own."""
+    """Return Numba's number of threads for the current thread, without starting Numba's own; 1 where `serial`."""
+    if _is_serial.get():
+        return 1
     try:
         numba.threading_layer()
     except ValueError:  # not started, so numba.set_num_threads was never called either

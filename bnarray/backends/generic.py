@@ -16,7 +16,7 @@ from bnarray.layout import along_features, broadcasts, features_shape, varies_al
 
 Count = Any  # a number or an array
 
-CAPABILITIES = Capabilities()
+CAPABILITIES = Capabilities(devices=True)
 
 # NaN and infinity are values here, in the libraries that are NumPy underneath too.
 _quiet = np.errstate(all="ignore")

@@ -218,6 +218,7 @@ _CONVERSIONS = {
     "pint": "{0}.magnitude",
     "polars": "{0}.to_numpy()",
     "pyarrow.lib.RecordBatch": "numpy.column_stack({0}.columns)",
+    "pyarrow.lib.Tensor": "{0}.to_numpy()",
     "pyarrow.lib.Table": "numpy.column_stack({0}.columns)",
     "pyarrow": "{0}.to_numpy(zero_copy_only=False) (with nulls also "
     "where={0}.is_valid().to_numpy(zero_copy_only=False))",

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 import bnarray as bn
@@ -91,7 +90,7 @@ def test_who_goes_before_whom(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("library", ["generic", "_strided", "_archive", "builtins", "no.identifier"])
 def test_not_every_file_is_a_library(library: str) -> None:
-    with pytest.raises(TypeError, match="x is a .*Stranger"):
+    with pytest.raises(TypeError, match=r"x is a .*Stranger"):
         bn.batch_norm(_stranger(library))
 
 

@@ -201,13 +201,14 @@ def _library(kind: type) -> str:
     return _LIBRARY_OF_ROOT.get(root, root)
 
 
-def _find(kind: type) -> Verbs | None:
-    for base in kind.__mro__:
+def _find(x: Array) -> Verbs | None:
+    for base in type(x).__mro__:
         library = _library(base)
         module = _module(library)
         if module is not None:
             return _verbs(library, module)
-    return _verbs(_library(kind), load("generic")) if hasattr(kind, "__array_namespace__") else None
+    generic = load("generic")
+    return _verbs(_library(type(x)), generic) if generic.is_array(x) else None
 
 
 # What to write instead of an object that is no array of a library: by the type's full name, or its module's first part.
@@ -250,7 +251,7 @@ def backend(x: Array, name: str = "x") -> Verbs:
     kind = type(x)
     verbs = _verbs_of_type.get(kind)
     if verbs is None:
-        verbs = _find(kind)
+        verbs = _find(x)
         if verbs is None:
             way_out = "" if x is None else f": convert it by {_conversion(kind, name)}"
             raise TypeError(
@@ -279,13 +280,15 @@ def wrapping(verbs: Verbs, *arrays: Array | None) -> Verbs:
     return verbs
 
 
-# How an array is made of another library's, and moved to another device, where not as the standard has it.
+# How an array is made of another library's, given to another, and moved to another device, where not as the standard
+# has it.
 _FROM_ANOTHER = {
     "autograd": "numpy.asarray({})",
-    "dask": "dask.array.from_array({})",
+    "dask": "dask.array.from_array(numpy.asarray({}))",
     "jax": "jax.numpy.from_dlpack({})",
     "numpy": "numpy.asarray({})",
 }
+_TO_ANOTHER = {"autograd": "autograd.tracer.getval({})", "dask": "numpy.asarray({})"}
 _TO_DEVICE = {"torch": "{}.to({}.device)"}
 
 
@@ -306,7 +309,8 @@ def backend_with(verbs: Verbs, of: str, x: Array, name: str, array: Array | None
         if other.wraps == verbs.library:
             return other
         if verbs.wraps != other.library:
-            conversion = _FROM_ANOTHER.get(verbs.library, f"{verbs.library}.from_dlpack({{}})").format(name)
+            given = _TO_ANOTHER.get(other.library, "{}").format(name)
+            conversion = _FROM_ANOTHER.get(verbs.library, f"{verbs.library}.from_dlpack({{}})").format(given)
             raise TypeError(
                 f"{name} is an array of {other.library} and {of} one of {verbs.library}; convert one of them, for "
                 f"example by {conversion}"

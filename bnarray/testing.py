@@ -1,7 +1,7 @@
 """For tests, here and in other people's backends: the formula in float64, and how far from it a result may be.
 
-Nothing in this file shares code with what it judges: plain NumPy, as close to the formula as it can be written. The
-author of a backend calls `check_backend`.
+The reference shares no code with what it judges: plain NumPy, as close to the formula as it can be written. The author
+of a backend calls `check_backend`.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-import bnarray as bn
 from bnarray.dispatch import backend
+from bnarray.functional import batch_norm, batch_norm_backward, batch_norm_forward
+from bnarray.functional import moments as moments_of
+from bnarray.stats import Moments, RunningStats
 
 Floats = npt.NDArray[np.float64]
 Array = npt.NDArray[Any]
@@ -192,22 +194,22 @@ def check_case(
     arrays = {"x": x, **{name: array for name, array in given.items() if name != "where"}}
     fixed: dict[str, Any] = {"axis": kept, "eps": eps, "activation": "relu" if relu else None}
     where = (constant or make)(given["where"]) if "where" in given else None
-    stats = bn.RunningStats(features, update_rate=None, correction=0, like=make(x))
+    stats = RunningStats(features, update_rate=None, correction=0, like=make(x))
     if statistics is not None:
-        fixed |= {"training": False, "stats": bn.Moments(1, *map(make, statistics))}
+        fixed |= {"training": False, "stats": Moments(1, *map(make, statistics))}
 
     theirs = {name: make(array) for name, array in arrays.items()}
-    y, saved = bn.batch_norm_forward(**theirs, **({"stats": stats} | fixed), where=where)
+    y, saved = batch_norm_forward(**theirs, **({"stats": stats} | fixed), where=where)
     assert type(y) is type(theirs["x"])
     assert y.dtype == theirs["x"].dtype
     assert_close(back(y), truth.y, truth.y_scale, tolerance, tolerance.y)
-    np.testing.assert_array_equal(back(bn.batch_norm(**theirs, **fixed, where=where)), back(y))
+    np.testing.assert_array_equal(back(batch_norm(**theirs, **fixed, where=where)), back(y))
 
     if gradients is None:
-        found: Any = bn.batch_norm_backward(make(dy), saved)
+        found: Any = batch_norm_backward(make(dy), saved)
         slopes = {name: array for name, array in found._asdict().items() if array is not None}
     else:
-        slopes = gradients(lambda **arrays: bn.batch_norm(**arrays, **fixed, where=where), arrays, dy)
+        slopes = gradients(lambda **arrays: batch_norm(**arrays, **fixed, where=where), arrays, dy)
     assert set(slopes) == set(arrays)
     assert slopes["x"].dtype == theirs["x"].dtype
     assert_close(back(slopes["x"]), truth.dx, truth.dx_scale, tolerance, tolerance.dx)
@@ -223,7 +225,7 @@ def check_case(
         np.testing.assert_array_equal(back(slopes["residual"]).astype(np.float64), truth.dresidual)
 
     if statistics is None:
-        m = bn.moments(theirs["x"], axis=kept, where=where)
+        m = moments_of(theirs["x"], axis=kept, where=where)
         mean, var, count = (each.reshape(features) for each in (truth.mean, truth.var, truth.count))
         room = tolerance.moments * (np.sqrt(var) + abs(mean))
         plain = backend(stats.mean).to_numpy

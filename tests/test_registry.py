@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import bnarray as bn
-from bnarray import dispatch
+from bnarray import dispatch, info
 from bnarray.backends import generic
 from bnarray.backends import numpy as numpy_backend
 from bnarray.dispatch import Capabilities
@@ -211,6 +211,32 @@ def test_entry_points_cost_numpy_nothing(run_python: Callable[..., str]) -> None
         "old, importlib.metadata.entry_points = importlib.metadata.entry_points, forbidden\n"
     )
     run_python(forbidden + EVERYTHING.replace(", object()", ""))
+
+
+# -- The page of supported libraries -----------------------------------------------------------------------------------
+
+
+def test_support_page_is_what_backends_declare() -> None:
+    """To make it anew: bnarray info --libraries > docs/support.md."""
+    page = Path(__file__).parents[1] / "docs" / "support.md"
+    assert page.read_text(encoding="utf-8") == info.support()
+
+
+@pytest.mark.parametrize("name", ["generic", *dispatch.built_in()])
+def test_support_page_reads_what_a_backend_has(name: str) -> None:
+    """Reading a backend's file and importing it give the same declaration."""
+    module = pytest.importorskip(
+        f"bnarray.backends.{name}",
+        reason=f"{name} is not installed: that its declaration is read right is not verified",
+    )
+    assert info._declared(name) == module.CAPABILITIES
+
+
+def test_support_page_imports_no_framework(run_python: Callable[..., str]) -> None:
+    code = "import sys; from bnarray.cli import main; main(['info', '--libraries']); print(*sys.modules)"
+    *page, modules = run_python(code).splitlines()
+    assert "| numpy | float16, bfloat16, float32, float64 | yes |" in "\n".join(page)
+    assert not set(modules.split()) & set(FRAMEWORKS)
 
 
 # -- Other people's frameworks -----------------------------------------------------------------------------------------

@@ -275,7 +275,10 @@ def default_backend() -> Verbs:
 def wrapping(verbs: Verbs, *arrays: Array | None) -> Verbs:
     """Return the verbs of the library that wraps the arrays of the given one, if one of the arrays is such."""
     for array in arrays:
-        if array is not None and (other := backend(array)) is not verbs and other.wraps == verbs.library:
+        if array is None or _verbs_of_type.get(type(array)) is verbs:  # nearly always
+            continue
+        other = backend(array)
+        if other.wraps == verbs.library:
             return other
     return verbs
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
-from pkgutil import iter_modules
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -147,6 +146,8 @@ def _verbs(library: str, module: Any) -> Verbs:
 
 def built_in() -> tuple[str, ...]:
     """Return the names of the libraries that have a file in `bnarray.backends`."""
+    from pkgutil import iter_modules  # rarely needed
+
     names = (module.name for module in iter_modules(import_module("bnarray.backends").__path__))
     return tuple(sorted(name for name in names if _is_built_in(name)))
 

@@ -196,6 +196,15 @@ def test_padding_that_the_loss_ignores_disturbs_nothing() -> None:
         np.testing.assert_array_equal(gradient[6:], 0)
 
 
+def test_a_gradient_of_zero_still_has_a_derivative() -> None:
+    """Where dy is 0, the weight's gradient depends on it all the same: by x̂."""
+
+    def of_dy(dy: Any) -> Any:
+        return anp.sum(autograd.grad(lambda weight: anp.sum(bn.batch_norm(X, weight) * dy))(WEIGHT))
+
+    np.testing.assert_allclose(autograd.grad(of_dy)(np.zeros(X.shape)), bn.batch_norm(X), rtol=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_dtypes_stay(dtype: Any) -> None:
     x, weight = X.astype(dtype), WEIGHT.astype(np.float32)

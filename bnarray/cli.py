@@ -141,9 +141,12 @@ def _parser() -> argparse.ArgumentParser:
         _info,
         help="versions, threads, the cache of compiled kernels, CUDA",
         description="Say what this installation is made of and what it can use.",
-        epilog="examples:\n  bnarray info --json\n  bnarray info --clear-cache",
+        epilog="examples:\n  bnarray info --json\n  bnarray info --libraries\n  bnarray info --clear-cache",
     )
     info.add_argument("--json", action="store_true", help="for programs")
+    info.add_argument(
+        "--libraries", action="store_true", help="instead: which array libraries are served and how, as Markdown"
+    )
     info.add_argument("--clear-cache", action="store_true", help="delete the compiled kernels; they are made again")
     return parser
 
@@ -256,6 +259,9 @@ def _info(options: argparse.Namespace) -> None:
 
     if options.clear_cache:
         info.clear_cache()
+    if options.libraries:
+        print(info.support(), end="")
+        return
     facts = info.facts()
     print(json.dumps(facts, indent=2) if options.json else info.table(facts))
 

@@ -2,7 +2,7 @@
 
 import operator
 
-from bnarray.dispatch import Array, backend, same_backend
+from bnarray.dispatch import Array, backend, backend_with, wrapping
 from bnarray.layer import BatchNorm
 
 
@@ -49,7 +49,7 @@ def fold(kernel: Array, bias: Array | None, layer: BatchNorm, *, axis: int = 0) 
         raise TypeError(f"layer is a {type(layer).__name__}; it should be a BatchNorm")
     verbs = backend(kernel, "kernel")
     verbs.check(kernel, "kernel")
-    same_backend(verbs, "kernel", "bias", bias)
+    verbs = wrapping(backend_with(verbs, "kernel", kernel, "bias", bias), layer.weight, layer.bias)
     shape = layer.stats.features_shape
     try:
         axis = operator.index(axis)

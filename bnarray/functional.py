@@ -6,7 +6,7 @@ from math import isfinite
 from typing import Any, NamedTuple
 
 from bnarray import steps
-from bnarray.dispatch import Array, Transform, Verbs, backend, same_backend
+from bnarray.dispatch import Array, Transform, Verbs, backend, backend_with, wrapping
 from bnarray.layout import features_shape, kept_axes
 from bnarray.stats import Moments, RunningStats, checked_number, explains_momentum, is_number
 
@@ -234,9 +234,9 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
     if not isinstance(saved, Saved):
         raise TypeError(f"saved is a {type(saved).__name__}; it should be what batch_norm_forward returned with y")
     x, transform = saved.x, saved.transform
-    verbs = backend(x)
-    same_backend(verbs, "x", "dy", dy)
-    same_backend(verbs, "x", "out", out)
+    verbs = wrapping(backend(x), transform.mean, transform.m2, transform.weight, transform.bias)
+    verbs = backend_with(verbs, "x", x, "dy", dy)
+    verbs = backend_with(verbs, "x", x, "out", out)
     if dy is None:
         raise TypeError("dy is None; it should be the gradient of y")
     dy = verbs.check(dy, "dy")
@@ -291,7 +291,7 @@ def moments(x: Array, *, axis: int | tuple[int, ...] = 1, where: Array | None = 
     x = verbs.check(x, "x")
     kept = kept_axes(axis, x.ndim)
     if where is not None:
-        same_backend(verbs, "x", "where", where)
+        verbs = backend_with(verbs, "x", x, "where", where)
         where = verbs.check_where(x, where)
     _check_group(group)
     if verbs.is_traced(x):
@@ -346,19 +346,21 @@ def _checked(
     kept = kept_axes(axis, x.ndim)
     features = features_shape(x.shape, kept)
     if weight is not None:
-        weight = _checked_parameter(verbs, "weight", weight, features)
+        verbs, weight = _checked_parameter(verbs, x, "weight", weight, features)
     if bias is not None:
-        bias = _checked_parameter(verbs, "bias", bias, features)
+        verbs, bias = _checked_parameter(verbs, x, "bias", bias, features)
     if stats is not None or not training:
         _check_stats(stats, training, features)
+        if isinstance(stats, Moments):
+            verbs = wrapping(verbs, *_arrays(stats))
     eps = checked_number(eps, "eps")
     if where is not None:
-        same_backend(verbs, "x", "where", where)
+        verbs = backend_with(verbs, "x", x, "where", where)
         where = verbs.check_where(x, where)
     if activation is not None and not (isinstance(activation, str) and activation == "relu"):
         raise ValueError(f"activation is {activation!r}; it should be None or 'relu'")
     if residual is not None:
-        same_backend(verbs, "x", "residual", residual)
+        verbs = backend_with(verbs, "x", x, "residual", residual)
         residual = verbs.check(residual, "residual")
         if residual.dtype != x.dtype:
             raise TypeError(f"residual has dtype {residual.dtype}; it should have x's, {x.dtype}")
@@ -366,7 +368,7 @@ def _checked(
             raise ValueError(f"residual has shape {tuple(residual.shape)}; it should have x's, {tuple(x.shape)}")
     _check_group(group)
     if out is not None:
-        same_backend(verbs, "x", "out", out)
+        verbs = backend_with(verbs, "x", x, "out", out)
         needed = {"weight": weight, "bias": bias, "where": where}
         allowed = {"x": x} if residual is None else {"x": x, "residual": residual}
         verbs.check_out(out, x, allowed, {name: array for name, array in needed.items() if array is not None})
@@ -374,12 +376,14 @@ def _checked(
     return _Call(verbs, x, kept, weight, bias, stats, training, eps, where, relu, residual, out)
 
 
-def _checked_parameter(verbs: Verbs, name: str, parameter: Array, features: tuple[int, ...]) -> Array:
-    same_backend(verbs, "x", name, parameter, also=verbs.capabilities.parameters)
+def _checked_parameter(
+    verbs: Verbs, x: Array, name: str, parameter: Array, features: tuple[int, ...]
+) -> tuple[Verbs, Array]:
+    verbs = backend_with(verbs, "x", x, name, parameter, also=verbs.capabilities.parameters)
     parameter = verbs.check(parameter, name)
     if tuple(parameter.shape) != features:
         raise ValueError(f"{name} has shape {tuple(parameter.shape)}; it should have the features', {features}")
-    return parameter
+    return verbs, parameter
 
 
 def _check_stats(stats: RunningStats | Moments | None, training: bool, features: tuple[int, ...]) -> None:
@@ -410,7 +414,9 @@ def _check_count(count: Any, where: Array | None) -> None:
 
 def _arrays(stats: RunningStats | Moments | None) -> tuple[Array, ...]:
     """What of the statistics a library may follow."""
-    return (stats.mean, stats.m2) if isinstance(stats, Moments) else () if stats is None else stats.mean_and_var()
+    if isinstance(stats, Moments):
+        return (stats.mean, stats.m2) if is_number(stats.count) else (stats.mean, stats.m2, stats.count)
+    return () if stats is None else stats.mean_and_var()
 
 
 def _given(

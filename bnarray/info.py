@@ -1,5 +1,6 @@
-"""`bnarray info`: what an installation is made of, and what it can use."""
+"""`bnarray info`: what an installation is made of, and what it can use; which array libraries are served, and how."""
 
+import ast
 import ctypes
 import os
 import platform
@@ -9,6 +10,7 @@ from importlib import metadata, util
 from typing import Any
 
 from bnarray import __version__
+from bnarray.dispatch import Capabilities, built_in
 from bnarray.kernels import disk
 
 _PACKAGES = ("numpy", "numba", "llvmlite", "array-api-compat", "numba-cuda", "cupy", "torch", "jax", "dask", "zarr")
@@ -123,3 +125,47 @@ def table(facts: dict[str, Any]) -> str:
         rows["to install"] = cuda["install"]
     width = max(len(name) for name in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+_SUPPORT = """\
+# What is supported, library by library
+
+What each backend declares of itself (`CAPABILITIES`), written by `bnarray info --libraries`.
+
+- *dtypes*: those of x; weight and bias may have any of them.
+- *strides*: whether arrays have them, any will do, and results have those of x.
+- *out=*: whether a result can be written into an array that is given.
+- *lazy*: whether results are computed only when they are asked for.
+- *devices*: whether arrays live on one of several; a call then takes all of them on one, and leaves its results there.
+- *gradients*: how they are had; *transforms* of the library work on calls.
+
+Libraries from outside come beside these, by `bn.register_backend` or an entry point: see [backends.md](backends.md).
+
+"""
+
+
+def _declared(module: str) -> Capabilities:
+    """What a backend declares, read from its file: its library need not be installed, and is not imported."""
+    spec = util.find_spec(f"bnarray.backends.{module}")
+    assert spec is not None
+    assert spec.origin is not None
+    with open(spec.origin, encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    for statement in tree.body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id="CAPABILITIES")], value=ast.Call(args=[], keywords=given)):
+                return Capabilities(**{each.arg or "": ast.literal_eval(each.value) for each in given})
+    return Capabilities()
+
+
+def support() -> str:
+    """Return the page of supported libraries, in Markdown."""
+    rows = [["library", "dtypes", "strides", "out=", "lazy", "devices", "gradients", "transforms", "what works"]]
+    rows.append(["---"] * len(rows[0]))
+    modules = {name: name for name in built_in()} | {"any other of the Array API standard": "generic"}
+    for library, module in modules.items():
+        does = _declared(module)
+        flags = ("yes" if flag else "no" for flag in (does.layouts, does.out, does.lazy, does.devices))
+        listed = ", ".join(does.dtypes), *flags, does.gradients, ", ".join(does.transforms) or "none"
+        rows.append([library, *listed, does.runs])
+    return _SUPPORT + "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -14,7 +14,7 @@ from math import inf, isfinite
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
-from bnarray.dispatch import Array, backend, default_backend, load, meet
+from bnarray.dispatch import Array, backend, backend_with, default_backend, load, meet, wrapping
 
 Count = Any  # a number, or an array of the features' shape
 
@@ -80,7 +80,8 @@ class Moments:
     def __init__(self, count: Count, mean: Array, m2: Array) -> None:
         verbs = backend(mean, "mean")
         verbs.check(mean, "mean")
-        backend(m2, "m2").check(m2, "m2")
+        verbs = backend_with(verbs, "mean", mean, "m2", m2)
+        verbs.check(m2, "m2")
         if tuple(mean.shape) != tuple(m2.shape):
             raise ValueError(f"m2 has shape {tuple(m2.shape)}; it should have mean's, {tuple(mean.shape)}")
         if verbs.lowest(m2) < 0:
@@ -127,9 +128,7 @@ class Moments:
         """
         if not isinstance(other, Moments):
             raise TypeError(f"other is a {type(other).__name__}; it should be Moments")
-        verbs, theirs = backend(self.mean), backend(other.mean)
-        if verbs is not theirs:
-            raise TypeError(f"other's arrays are of {theirs.library}, these of {verbs.library}; convert one of them")
+        verbs = backend_with(backend(self.mean), "self.mean", self.mean, "other.mean", other.mean)
         if self.mean.shape != other.mean.shape:
             raise ValueError(
                 f"other has features of shape {tuple(other.mean.shape)}; it should be {tuple(self.mean.shape)}"
@@ -167,13 +166,13 @@ def _checked_count(count: Count, like: Array) -> Count:
         if not count >= 0 or not isfinite(count):
             raise ValueError(f"count is {count}; it should be a number >= 0")
         return count
-    verbs = backend(like)
-    array = verbs.widen(verbs.convert(count, like)) if hasattr(count, "shape") else None
-    if array is None:
+    if not hasattr(count, "shape"):
         try:
             return _checked_count(operator.index(count), like)
         except TypeError:
             raise TypeError(f"count is a {type(count).__name__}; it should be a number or an array") from None
+    verbs = wrapping(backend(like), count)
+    array = verbs.widen(verbs.convert(count, like))
     if tuple(array.shape) == ():
         return _checked_count(float(array), like)
     if tuple(array.shape) != tuple(like.shape):

@@ -1,13 +1,20 @@
 """For tests, here and in other people's backends: the formula in float64, and how far from it a result may be.
 
-Nothing in this file shares code with what it judges: plain NumPy, as close to the formula as it can be written.
+The reference shares no code with what it judges: plain NumPy, as close to the formula as it can be written. The author
+of a backend calls `check_backend`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from bnarray.dispatch import backend
+from bnarray.functional import batch_norm, batch_norm_backward, batch_norm_forward
+from bnarray.functional import moments as moments_of
+from bnarray.stats import Moments, RunningStats
 
 Floats = npt.NDArray[np.float64]
 Array = npt.NDArray[Any]
@@ -148,3 +155,154 @@ def assert_close(actual: Array, expected: Floats, scale: Floats, tolerance: Tole
     if finite.any():
         worst = ulps(actual, np.where(finite, expected, 0.0), np.where(finite, scale, 1.0), tolerance)[finite].max()
         assert worst <= most, f"{worst:.3g} ulp, more than {most}"
+
+
+Gradients = dict[str, Any]
+
+
+def check_case(
+    make: Callable[[Array], Any],
+    back: Callable[[Any], Array],
+    x: Array,
+    dy: Array,
+    kept: tuple[int, ...],
+    *,
+    relu: bool = False,
+    statistics: tuple[Array, Array] | None = None,
+    gradients: Callable[[Callable[..., Any], dict[str, Array], Array], Gradients] | None = None,
+    constant: Callable[[Array], Any] | None = None,
+    eps: float = 1e-5,
+    **given: Array,
+) -> None:
+    """Assert that all public functions do for a library's arrays what the reference says.
+
+    Parameters
+    ----------
+    make, back
+        From a NumPy array to one of the library, and back.
+    x, dy, kept, relu, statistics, eps, given
+        The case, as `reference` takes it.
+    gradients
+        How the library itself finds gradients, where `batch_norm_backward` does not: called with a function of named
+        arrays, the arrays (of NumPy) and dy, it returns the gradients by name.
+    constant
+        Makes what has no gradient, if not `make`.
+    """
+    tolerance = TOLERANCES[x.dtype.name]
+    truth = reference(x, dy, kept, relu=relu, statistics=statistics, eps=eps, **given)
+    features = tuple(x.shape[i] for i in kept)
+    arrays = {"x": x, **{name: array for name, array in given.items() if name != "where"}}
+    fixed: dict[str, Any] = {"axis": kept, "eps": eps, "activation": "relu" if relu else None}
+    where = (constant or make)(given["where"]) if "where" in given else None
+    stats = RunningStats(features, update_rate=None, correction=0, like=make(x))
+    if statistics is not None:
+        fixed |= {"training": False, "stats": Moments(1, *map(make, statistics))}
+
+    theirs = {name: make(array) for name, array in arrays.items()}
+    y, saved = batch_norm_forward(**theirs, **({"stats": stats} | fixed), where=where)
+    assert type(y) is type(theirs["x"])
+    assert y.dtype == theirs["x"].dtype
+    assert_close(back(y), truth.y, truth.y_scale, tolerance, tolerance.y)
+    np.testing.assert_array_equal(back(batch_norm(**theirs, **fixed, where=where)), back(y))
+
+    if gradients is None:
+        found: Any = batch_norm_backward(make(dy), saved)
+        slopes = {name: array for name, array in found._asdict().items() if array is not None}
+    else:
+        slopes = gradients(lambda **arrays: batch_norm(**arrays, **fixed, where=where), arrays, dy)
+    assert set(slopes) == set(arrays)
+    assert slopes["x"].dtype == theirs["x"].dtype
+    assert_close(back(slopes["x"]), truth.dx, truth.dx_scale, tolerance, tolerance.dx)
+    for name, exact, scale in (
+        ("weight", truth.dweight, truth.dweight_scale),
+        ("bias", truth.dbias, truth.dbias_scale),
+    ):
+        if name in slopes:
+            assert slopes[name].dtype == theirs[name].dtype
+            rounding = np.finfo(given[name].dtype).eps * abs(exact)
+            assert (abs(back(slopes[name]) - exact) <= 1e-12 + tolerance.sums * scale + rounding).all(), name
+    if "residual" in slopes:
+        np.testing.assert_array_equal(back(slopes["residual"]).astype(np.float64), truth.dresidual)
+
+    if statistics is None:
+        m = moments_of(theirs["x"], axis=kept, where=where)
+        mean, var, count = (each.reshape(features) for each in (truth.mean, truth.var, truth.count))
+        room = tolerance.moments * (np.sqrt(var) + abs(mean))
+        plain = backend(stats.mean).to_numpy
+        for got in (back(m.mean), plain(stats.mean)):
+            assert (abs(got - np.where(count > 0, mean, 0)) <= room).all()
+        np.testing.assert_allclose(back(m.m2), np.where(count > 0, var * count, 0), rtol=10 * tolerance.moments)
+        np.testing.assert_allclose(plain(stats.var), np.where(count > 0, var, 1), rtol=10 * tolerance.moments)
+
+
+#: Shapes and kept axes of `check_backend`, and what its calls are given besides x.
+_SHAPES = [
+    ((7, 5), (1,)),
+    ((1, 9), (1,)),
+    ((4, 3, 6), (0, 2)),
+    ((4, 3, 6), ()),
+    ((2, 3, 4, 5), (1,)),
+    ((600, 12), (1,)),
+]
+_OPTIONS = [
+    (),
+    ("weight", "bias"),
+    ("weight", "bias", "relu"),
+    ("weight", "bias", "residual", "relu"),
+    ("residual",),
+    ("weight", "where"),
+    ("mask", "residual", "relu"),
+    ("weight", "bias", "statistics"),
+]
+
+
+def check_backend(
+    make: Callable[[Array], Any], back: Callable[[Any], Array] = np.asarray, dtypes: tuple[str, ...] | None = None
+) -> None:
+    """Assert that bnarray serves a library's arrays right: every function and option, on several shapes.
+
+    Parameters
+    ----------
+    make, back
+        From a NumPy array to one of the library, and back.
+    dtypes
+        By name; those that the backend declares (``CAPABILITIES``) by default.
+
+    Raises
+    ------
+    AssertionError
+        With a note of the case.
+    """
+    for dtype in dtypes or backend(make(np.zeros((1, 1), np.float32))).capabilities.dtypes:
+        for shape, kept in _SHAPES:
+            for options in _OPTIONS:
+                try:
+                    _check(make, back, shape, kept, dtype, options)
+                except Exception as error:
+                    error.add_note(f"shape {shape}, axis {kept}, {dtype}, with {', '.join(options) or 'x alone'}")
+                    raise
+
+
+def _check(
+    make: Callable[[Array], Any],
+    back: Callable[[Any], Array],
+    shape: tuple[int, ...],
+    kept: tuple[int, ...],
+    dtype: str,
+    options: tuple[str, ...],
+) -> None:
+    rng = np.random.default_rng(len(options))
+    features = tuple(shape[i] for i in kept)
+    x, dy, residual = rng.normal(2, 3, (3, *shape)).astype(dtype)
+    drawn = {
+        "weight": rng.normal(size=features).astype(np.float32),
+        "bias": rng.normal(size=features).astype(np.float32),
+        "residual": residual,
+    }
+    given = {name: drawn[name] for name in options if name in drawn}
+    if "where" in options:
+        given["where"] = rng.choice([0, 0.5, 2], (*shape[:1], *(1,) * (len(shape) - 1))).astype(np.float32)
+    if "mask" in options:
+        given["where"] = rng.random(shape) < 0.7
+    statistics = (rng.normal(size=features), rng.uniform(0.5, 2, features)) if "statistics" in options else None
+    check_case(make, back, x, dy, kept, relu="relu" in options, statistics=statistics, **given)

@@ -143,6 +143,10 @@ def overlap(a: Tensor, b: Tensor) -> bool:
     return a is b or (_has_memory(a) and _has_memory(b) and numpy_backend.overlap(_as_numpy(a), _as_numpy(b)))
 
 
+def device(x: Tensor) -> Any:
+    return x.device
+
+
 def empty_like(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 

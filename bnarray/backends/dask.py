@@ -34,7 +34,6 @@ CAPABILITIES = Capabilities(
     out=False,
     lazy=True,
     parameters=("numpy",),
-    conversion="array.from_array({})",
 )
 
 # What a chunk leaves of a feature. Several arrays of partial results would each read x again.

@@ -1,16 +1,19 @@
 """The verbs in pure Array API, for any library: the fallback, and the truth that tests compare with.
 
-Per-feature arrays (mean, m2, sums) are float64 of the features' shape; a count is a number, or an array of that shape
-under a mask that differs between features. `kept` are the feature axes, ascending.
+Per-feature arrays (mean, m2, sums) are of the features' shape, in float64 (float32 on a device that has no float64); a
+count is a number, or an array of that shape under a mask that differs between features. `kept` are the feature axes,
+ascending.
 """
 
+from functools import lru_cache
 from math import nan, prod
 from types import SimpleNamespace
 from typing import Any
 
 import array_api_compat
 import numpy as np
-from array_api_compat import device, size
+from array_api_compat import device, is_writeable_array, size
+from array_api_compat import is_array_api_obj as is_array  # noqa: F401  # for dispatch
 
 from bnarray import steps
 from bnarray.dispatch import VERBS, Array, Capabilities, Transform, backend
@@ -19,7 +22,7 @@ from bnarray.layout import along_features, broadcasts, features_shape, varies_al
 
 Count = Any  # a number or an array
 
-CAPABILITIES = Capabilities()
+CAPABILITIES = Capabilities(devices=True)
 
 # NaN and infinity are values here, in the libraries that are NumPy underneath too. What it decorates calls nothing that
 # it decorates: `plain` takes it off.
@@ -38,9 +41,21 @@ def array_namespace(x: Array) -> Any:
     return xp
 
 
+@lru_cache(maxsize=64)
+def _widest_on(xp: Any, device: Any) -> Any:
+    if not hasattr(xp, "__array_namespace_info__"):
+        return xp.float64
+    dtypes = xp.__array_namespace_info__().dtypes(device=device, kind="real floating")
+    return dtypes.get("float64", xp.float32)
+
+
+def _widest(x: Array) -> Any:
+    """The dtype in which x's device computes most exactly."""
+    return _widest_on(array_namespace(x), device(x))
+
+
 def _wide(x: Array) -> Array:
-    xp = array_namespace(x)
-    return xp.astype(x, xp.float64)
+    return array_namespace(x).astype(x, _widest(x), copy=False)
 
 
 def _features_last(x: Array, kept: tuple[int, ...]) -> Array:
@@ -107,10 +122,12 @@ def check_out(out: Array, x: Array, allowed: dict[str, Array], forbidden: dict[s
     Raises
     ------
     TypeError
-        If its dtype is not x's.
+        If its dtype is not x's, or it cannot be written to.
     ValueError
         If its shape is not x's, or it overlaps an input.
     """
+    if not is_writeable_array(out):
+        raise TypeError("out is read-only; it should be an array that can be written to")
     if out.dtype != x.dtype:
         raise TypeError(f"out has dtype {out.dtype}; it should have x's, {x.dtype}")
     if tuple(out.shape) != tuple(x.shape):
@@ -131,9 +148,8 @@ def empty_like(x: Array) -> Array:
 
 
 def zeros(shape: tuple[int, ...], like: Array) -> Array:
-    """Return zeros of float64 on like's device."""
-    xp = array_namespace(like)
-    return xp.zeros(shape, dtype=xp.float64, device=device(like))
+    """Return zeros of float64 (float32 where there is none) on like's device."""
+    return array_namespace(like).zeros(shape, dtype=_widest(like), device=device(like))
 
 
 def copy(x: Array) -> Array:
@@ -147,9 +163,8 @@ def guide(*arrays: Array) -> Any:
 
 
 def widen(x: Array) -> Array:
-    """Return a copy of a per-feature array, in float64."""
-    xp = array_namespace(x)
-    return xp.astype(x, xp.float64, copy=True)
+    """Return a copy of a per-feature array, in float64 (float32 where there is none)."""
+    return array_namespace(x).astype(x, _widest(x), copy=True)
 
 
 def cast(x: Array, dtype: Any) -> Array:
@@ -170,15 +185,16 @@ def freeze(x: Array) -> Array:
 
 def to_numpy(x: Array) -> Any:
     """Return a copy of x as a NumPy array."""
-    return np.array(np.from_dlpack(x), copy=True)
+    return np.array(np.from_dlpack(x) if hasattr(x, "__dlpack__") else np.asarray(x), copy=True)
 
 
 def convert(x: Array, like: Array) -> Array:
-    """Return a per-feature array of any library as one of like's, on its device."""
-    xp = array_namespace(like)
-    if type(x) is type(like):
-        return xp.asarray(x, device=device(like))
-    return xp.asarray(backend(x).to_numpy(x), dtype=xp.float64, device=device(like))
+    """Return a per-feature array of any library as one of like's, on its device, in the widest dtype there."""
+    xp, widest = array_namespace(like), _widest(like)
+    if type(x) is not type(like):
+        return xp.asarray(backend(x).to_numpy(x), dtype=widest, device=device(like))
+    movable = xp.astype(x, widest, copy=False) if x.dtype == xp.float64 else x  # the other device may have no float64
+    return xp.astype(xp.asarray(movable, device=device(like)), widest, copy=False)
 
 
 def vector(of_features: Array, x: Array, copy: bool = False) -> Array:

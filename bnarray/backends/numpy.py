@@ -76,9 +76,14 @@ def check(x: ndarray, name: str) -> ndarray:
         return x
     _check_array(x, name)
     if _kind(x.dtype) in (None, memory.BOOL):
+        by = (
+            "{}.astype(numpy.float32)"
+            if x.dtype.names is None
+            else "numpy.lib.recfunctions.structured_to_unstructured({})"
+        )
         raise TypeError(
             f"{name} has dtype {x.dtype}; it should be float16, bfloat16, float32 or float64: convert it, for "
-            f"example by {name}.astype(numpy.float32)"
+            f"example by {by.format(name)}"
         )
     return x if isinstance(x, np.ndarray) else np.asarray(x)
 

@@ -15,6 +15,7 @@ from bnarray.backends._torch_tensors import (
     check_where,
     convert,
     copy,
+    device,
     empty_like,
     forward,
     grad_input,
@@ -43,6 +44,7 @@ CAPABILITIES = Capabilities(
     dtypes=("float16", "bfloat16", "float32", "float64"),
     runs="compiled kernels on the CPU, torch's functions elsewhere",
     layouts=True,
+    devices=True,
     gradients="autograd, any order",
     transforms=("torch.compile", "torch.func"),
 )

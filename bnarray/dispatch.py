@@ -16,8 +16,9 @@ Verbs: TypeAlias = Any  # a namespace with a function for each of VERBS
 VERBS = (
     *("check", "check_where", "check_out", "overlap"),
     *("empty_like", "zeros", "copy", "guide", "widen", "cast", "parameter_dtype", "freeze", "to_numpy", "convert"),
-    *("vector", "of_vector", "is_traced", "traced_forward", "traced_moments"),
-    *("moments", "normalize", "forward", "grad_sums", "grad_input"),
+    *("cleared", "vector", "of_vector"),
+    *("is_traced", "is_symbolic", "traced_statistic", "traced_forward", "traced_moments"),
+    *("moments", "normalize", "forward", "grad_sums", "grad_input", "backward"),
     *(
         "along",
         "merge",
@@ -29,6 +30,8 @@ VERBS = (
         "update_stats",
         "is_finite",
         "lowest",
+        "refusal",
+        "choose",
     ),
 )
 

@@ -75,6 +75,9 @@ def backward(
     if 0 in x.shape:
         nothing = verbs.vector(verbs.zeros(features_shape(x.shape, transform.kept), x), x)
         return (verbs.empty_like(x) if out is None else out), nothing, nothing, verbs.empty_like(x)
+    gradients = verbs.backward(dy, x, transform, where, is_constant, out)
+    if gradients is not None:
+        return gradients  # type: ignore[no-any-return]  # a verb
     sum_dz, sum_dz_x = verbs.grad_sums(dy, x, transform)
     dx, dz = verbs.grad_input(dy, x, transform, where, None if is_constant else (sum_dz, sum_dz_x), out)
     return dx, sum_dz_x, sum_dz, dz

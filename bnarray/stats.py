@@ -374,16 +374,20 @@ class RunningStats:
         if tuple(moments.mean.shape) != self._shape:
             raise ValueError(f"moments has features of shape {tuple(moments.mean.shape)}; it should be {self._shape}")
 
+    def check_known(self, known: bool) -> None:
+        """Raise if an update would follow from what is not known when the call is made, but when its program runs."""
+        if not known and self not in _frozen.get():
+            raise TypeError(
+                "stats would have to change while a program is being made of the call (jit, grad, vmap); take "
+                "m = bnarray.moments(x) and return stats.updated(m)"
+            )
+
     def prepare(self, count: Count, mean: Array, m2: Array) -> Callable[[], None]:
         """Decide what an update with a batch does, raise or warn if it must, and return the function that does it."""
         if self in _frozen.get():
             return _nothing
         verbs = backend(mean)
-        if verbs.is_symbolic(count, mean, m2):
-            raise TypeError(
-                "stats would have to change while a program is being made of the call (jit, grad, vmap); take "
-                "m = bnarray.moments(x) and return stats.updated(m)"
-            )
+        self.check_known(not verbs.is_symbolic(count, mean, m2))
         lowest = count if is_number(count) else verbs.lowest(count)
         if lowest == 0:
             return _nothing

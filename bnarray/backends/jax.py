@@ -46,8 +46,8 @@ CAPABILITIES = Capabilities(
     transforms=("jit", "grad", "vjp", "jvp", "hessian", "vmap", "scan", "checkpoint"),
 )
 
-#: What y is differentiated by.
-_MOVING = ("x", "weight", "bias", "residual", "mean", "var")
+# Of the upper half of a float64, or of a float32.
+_SIGN = np.uint32(0x80000000)
 
 
 def _wide() -> Any:
@@ -64,7 +64,7 @@ def _encoded(values: Array) -> Array:
     if values.dtype == jnp.float64:
         return lax.bitcast_convert_type(values, jnp.uint32)
     bits = lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
-    sign, exponent, fraction = bits & 0x80000000, bits >> 23 & 0xFF, bits & 0x7FFFFF
+    sign, exponent, fraction = bits & _SIGN, bits >> 23 & 0xFF, bits & 0x7FFFFF
     wide = jnp.where(exponent == 0xFF, 0x7FF00000, exponent + 896 << 20) | fraction >> 3
     is_zero = exponent == 0  # or next to it
     return jnp.stack([jnp.where(is_zero, 0, fraction << 29), sign | jnp.where(is_zero, 0, wide)], axis=-1)
@@ -75,7 +75,7 @@ def _decoded(bits: Array) -> Array:
     if _wide() == jnp.float64:
         return lax.bitcast_convert_type(bits, jnp.float64)
     low, high = bits[..., 0], bits[..., 1]
-    sign, exponent, fraction = high & 0x80000000, high >> 20 & 0x7FF, high & 0xFFFFF
+    sign, exponent, fraction = high & _SIGN, high >> 20 & 0x7FF, high & 0xFFFFF
     finite = (exponent - 896 << 23 | fraction << 3 | low >> 29) + (low >> 28 & 1)  # a carry belongs to the exponent
     special = jnp.where((exponent == 0x7FF) & (fraction | low != 0), jnp.uint32(0x7FC00000), jnp.uint32(0x7F800000))
     magnitude = jnp.where(exponent <= 896, jnp.uint32(0), jnp.where(exponent >= 1151, special, finite))
@@ -551,10 +551,10 @@ def backward(
 
 def merge(count_a: Count, mean_a: Array, m2_a: Array, count_b: Count, mean_b: Array, m2_b: Array) -> Any:
     if is_number(count_a) and is_number(count_b):
-        return generic.merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b)
+        return generic.merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b)  # type: ignore[no-untyped-call]
     # The merge's smallest number is nothing in float32, so that there the sum would be.
     nothing = (count_a + count_b) == 0
-    count, mean, m2 = generic.merge(jnp.where(nothing, 1, count_a), mean_a, m2_a, count_b, mean_b, m2_b)
+    count, mean, m2 = generic.merge(jnp.where(nothing, 1, count_a), mean_a, m2_a, count_b, mean_b, m2_b)  # type: ignore[no-untyped-call]
     return jnp.where(nothing, 0, count), mean, m2
 
 

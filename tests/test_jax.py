@@ -439,7 +439,7 @@ def test_formula_stands_in_where_kernels_cannot_be_called(monkeypatch: pytest.Mo
     def refuse() -> None:
         raise RuntimeError("an interface from the future")
 
-    monkeypatch.setattr(_xla, "_register", refuse)
+    monkeypatch.setattr(_xla, "_register_target", refuse)
     _xla._try_out.cache_clear()
     (x,) = _draw((5, 3), dtype=np.float32)
     try:
@@ -683,3 +683,33 @@ def test_sharded_over_devices(run_python: Callable[..., str]) -> None:
         "print('both')"
     )
     assert run_python(code, XLA_FLAGS="--xla_force_host_platform_device_count=2") == "both\n"
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+def test_without_python_the_bits_are_the_same(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small call is made by Python once, then by compiled code, unless that refuses."""
+    with jax.enable_x64(True):
+        made = []
+        monkeypatch.setattr(_xla._Plan, "memory", lambda *a, real=_xla._Plan.memory: made.append(a) or real(*a))
+        x, dy, weight, bias = _draw((64, 10), (64, 10), (10,), (10,))
+        function = jax.jit(
+            lambda x, dy, weight, bias: jax.vjp(partial(bn.batch_norm, eps=0.75, activation="relu"), x, weight, bias)[
+                1
+            ](dy)
+        )
+        arguments = x.astype(dtype), dy.astype(dtype), weight.astype(jnp.float16), bias
+        by_python = function(*arguments)
+        jax.block_until_ready(by_python)
+        assert made
+        made.clear()
+        by_itself = function(*arguments)
+        jax.block_until_ready(by_itself)
+        assert not made
+        for a, b in zip(by_itself, by_python, strict=True):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+        if dtype == "float32":
+            large = x.astype(dtype) * 1e34, *arguments[1:]
+            dx = function(*large)[0]
+            jax.block_until_ready(dx)
+            assert made
+            assert np.isfinite(dx).all()

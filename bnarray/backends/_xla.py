@@ -16,13 +16,15 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+import numpy.typing as npt
 
 from bnarray.backends import _strided
 from bnarray.backends._strided import Memory, Vector
 from bnarray.dispatch import Transform
-from bnarray.kernels.cpu import memory, xla
-from bnarray.layout import broadcast_strides
+from bnarray.kernels.cpu import gate, grad_input, grad_sums, memory, xla
+from bnarray.layout import broadcast_strides, split
 
+ndarray = npt.NDArray[Any]
 _T = TypeVar("_T")
 
 
@@ -94,6 +96,7 @@ class _Plan:
         self.kept, self.eps, self.relu = tuple(said["kept"]), said["eps"], said["relu"]
         self.slots = {role: _slot(*each) for role, each in zip(said["roles"], said["operands"], strict=True)}
         self.results = [_slot(*each) for each in said["results"]]
+        self.name = said["name"]
         self.run: Callable[[list[int]], None] = getattr(self, f"_{said['name']}")
         x = self.slots["x"]
         self.features = prod(x.shape[axis] for axis in self.kept)
@@ -101,7 +104,54 @@ class _Plan:
         if where := self.slots.get("where"):
             strides = broadcast_strides(where.shape, where.strides, x.shape)
             self.slots["where"] = where._replace(shape=x.shape, strides=strides)
+        self.noted: ndarray | None = None
         self.places = {role: place for place, role in enumerate(self.slots)}
+
+    def _parameter(self, role: str) -> int:
+        """A parameter as notes have it."""
+        place = self.places.get(role, 0)
+        slot = self.slots[role] if place else self.slots["x"]
+        return place * xla.PLACE_OF + slot.kind * xla.KIND_OF + slot.item
+
+    def _small_steps(self) -> list[Any] | None:
+        """The steps of a plain call in training on an array that one thread is enough for; None of any other."""
+        x = self.slots["x"]
+        at = x.kind, x.shape, self.kept
+        if not {"dy", "x", "weight", "bias", "mean_bits", "m2_bits"}.issuperset(self.slots) or self.name == "moments":
+            return None
+        if self.name == "forward":
+            steps: list[Any] = [_strided.forward_step(*at, x.strides, x.strides)]
+        elif split(x.shape, self.kept, x.strides):
+            return None
+        else:
+            dy, passes = self.slots["dy"].strides, gate.RELU if self.relu else gate.OPEN
+            steps = [
+                _strided.grad_sums_step(*at, passes, (), x.strides, dy, x.strides),
+                _strided.grad_input_step(*at, passes, grad_input.BATCH, x.strides, dy, *[x.strides] * 4),
+            ]
+        return steps if all(step is not None and step.pieces == 1 for step in steps) else None
+
+    def note(self, text: ndarray) -> ndarray | None:
+        """What compiled code needs to make this call; None if Python should."""
+        steps = self._small_steps()
+        if steps is None:
+            return None
+        note, x = np.zeros(xla.NOTE_WORDS, np.int64), self.slots["x"]
+        numbers = note.view(np.float64)
+        note[xla.TEXT], note[xla.LENGTH] = text.ctypes.data, text.size
+        note[xla.ROUTE] = xla.FORWARD if self.name == "forward" else xla.BACKWARD
+        note[xla.FEATURES], note[xla.KIND], note[xla.RELU] = self.features, x.kind, self.relu
+        numbers[xla.EPS], numbers[xla.COUNT] = self.eps, self.values
+        note[xla.WEIGHT], note[xla.BIAS] = self._parameter("weight"), self._parameter("bias")
+        if self.name == "backward":
+            note[xla.MEAN], note[xla.M2] = self.places["mean_bits"], self.places["m2_bits"]
+            note[xla.DY_KIND], note[xla.GROUPS] = self.slots["dy"].kind, steps[0].groups
+            note[xla.SUM_KIND], note[xla.SUM_ITEM] = self.results[1][:2]
+            note[xla.ADD_GROUPS] = grad_sums.add_groups.address
+        for number, step in enumerate(steps):
+            begin = xla.STEPS + number * xla.STEP_WORDS
+            note[begin : begin + xla.STEP_WORDS] = _noted(step)
+        return note
 
     def memory(self, role: str, addresses: list[int]) -> Memory | None:
         place = self.places.get(role)
@@ -163,7 +213,28 @@ class _Plan:
         _strided.write_grad_input(dy, x, transform, residual, where, sums, self.result(0, addresses), dresidual)
 
 
+def _noted(step: Any) -> list[int]:
+    """A step as notes have it."""
+    grid, axes = step.grid, step.axes
+    return [step.kernel.address, step.room, grid.ctypes.data, grid.size, axes.ctypes.data, *axes.shape]
+
+
 _plans: dict[bytes, _Plan] = {}
+
+# Where compiled code looks for notes, and everything that it may find there: calls may be under way at any time.
+_register = np.zeros(xla.NOTES, np.int64)
+_notes: list[ndarray | None] = []
+_texts: list[ndarray] = []
+
+
+def _prepared(text: bytes) -> _Plan:
+    """Make the plan of a text."""
+    plan = _plans[text] = _Plan(text.decode())
+    _texts.append(np.frombuffer(text, np.uint8))
+    plan.noted = plan.note(_texts[-1])
+    _notes.append(plan.noted)
+    return plan
+
 
 # What XLA was told went wrong, for as long as it takes to read it.
 _messages: deque[Any] = deque(maxlen=64)
@@ -178,8 +249,10 @@ def _answer(frame: int) -> int:
         text = ctypes.string_at(at, size)
         plan = _plans.get(text)
         if plan is None:
-            plan = _plans[text] = _Plan(text.decode())
+            plan = _prepared(text)
         plan.run(addresses)
+        if plan.noted is not None:  # the next call is made without Python, unless another text has the place
+            _register[at // 16 % xla.NOTES] = plan.noted.ctypes.data
     except BaseException as error:
         message = ctypes.create_string_buffer(f"bnarray: {type(error).__name__}: {error}".encode())
         _messages.append(message)
@@ -209,10 +282,10 @@ _registering = threading.Lock()
 
 
 @cache
-def _register() -> None:
+def _register_target() -> None:
     python = ctypes.cast(_c_answer, ctypes.c_void_p).value
     assert python is not None
-    capsule = jax.ffi.pycapsule(ctypes.c_void_p(xla.handler(python)))
+    capsule = jax.ffi.pycapsule(ctypes.c_void_p(xla.handler(python, _register.ctypes.data)))
     jax.ffi.register_ffi_target(_TARGET, capsule, platform="cpu")
 
 
@@ -227,7 +300,7 @@ def _moments_of_two() -> Any:
 def _try_out() -> bool:
     try:
         with jax.ensure_compile_time_eval():
-            _register()
+            _register_target()
             if [float(each[0]) for each in _moments_of_two()] == [2.0, 2.0]:
                 return True
             reason: object = "it gave wrong numbers"

@@ -32,9 +32,9 @@ def x64(request: pytest.FixtureRequest) -> Iterator[bool]:
 
 
 def _table() -> list[Any]:
-    """Every shape with every dtype; the options take turns, so that each dtype meets all of them."""
+    """Shapes with every dtype; the options take turns, so that each dtype meets all of them."""
     cases, turn = [], 0
-    for shape, kept in SHAPES:
+    for shape, kept in SHAPES[-len(OPTIONS) :]:
         for dtype in TOLERANCES:
             options = OPTIONS[turn % len(OPTIONS)]
             name = f"{'x'.join(map(str, shape))}-keep{''.join(map(str, kept))}-{dtype}-{options.name}"
@@ -105,7 +105,7 @@ def test_case_table(shape: tuple[int, ...], kept: tuple[int, ...], dtype: str, o
             np.testing.assert_array_equal(np.asarray(gradients_again[name]), np.asarray(gradient), err_msg=name)
 
 
-@pytest.mark.parametrize(("shape", "kept", "dtype", "options"), _table()[::3])
+@pytest.mark.parametrize(("shape", "kept", "dtype", "options"), _table()[::5])
 def test_formula(
     shape: tuple[int, ...], kept: tuple[int, ...], dtype: str, options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,12 +172,17 @@ def _function(options: dict[str, Any]) -> tuple[Callable[..., Array], list[Array
 
 
 @pytest.mark.parametrize("options", CALLS, ids=str)
-@pytest.mark.parametrize("compile_it", [False, True], ids=["eager", "jit"])
-def test_derivatives(options: dict[str, Any], compile_it: bool) -> None:
+def test_derivatives(options: dict[str, Any]) -> None:
     """First and second, in both modes and all mixtures, against finite differences."""
     with jax.enable_x64(True):
         call, arguments = _function(options)
-        check_grads(jax.jit(call) if compile_it else call, arguments, order=2, modes=["fwd", "rev"], rtol=1e-4)
+        check_grads(jax.jit(call), arguments, order=2, modes=["fwd", "rev"], rtol=1e-4)
+
+
+def test_derivatives_without_jit() -> None:
+    with jax.enable_x64(True):
+        call, arguments = _function({"residual": True})
+        check_grads(call, arguments, order=1, modes=["fwd", "rev"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("options", CALLS[::2], ids=str)
@@ -275,7 +280,7 @@ def test_derivatives_beside_nan_that_does_not_count() -> None:
 # -- vmap --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", CALLS, ids=str)
+@pytest.mark.parametrize("options", CALLS[1::2], ids=str)
 @pytest.mark.parametrize("axes", ["all", "x", "weight"])
 def test_vmap(options: dict[str, Any], axes: str) -> None:
     """Calls and their gradients, mapped over some arguments, against a loop."""
@@ -418,6 +423,8 @@ def test_refusals() -> None:
         bn.batch_norm(x, where=-x)
     with pytest.raises(ValueError, match="whose sum is beyond"), jax.enable_x64(True):
         bn.batch_norm(jnp.ones((4, 3)), where=jnp.full((4, 1), 1e308))
+    with pytest.raises(ValueError, match="whose sum is beyond"):
+        bn.moments(x, where=jnp.full((4, 3), 2e38))
 
 
 def test_a_failure_in_a_call_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -680,6 +687,16 @@ def test_sharded_over_devices(run_python: Callable[..., str]) -> None:
         "loss = jax.jit(jax.value_and_grad(lambda x: (bn.batch_norm(x) ** 3).sum()))\n"
         "for a, b in zip(loss(sharded), loss(jnp.asarray(x))): np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)\n"
         "np.testing.assert_allclose(bn.batch_norm(sharded), bn.batch_norm(x), rtol=1e-6)\n"
+        "spec = PartitionSpec('batch')\n"
+        "def mapped(**how): return jax.shard_map(bn.batch_norm, mesh=mesh, in_specs=spec, out_specs=spec, **how)\n"
+        "halves = np.concatenate([bn.batch_norm(x[:8]), bn.batch_norm(x[8:])])\n"
+        "np.testing.assert_allclose(mapped(check_vma=False)(x), halves, rtol=1e-6)\n"
+        "dx = jax.jit(jax.grad(lambda x: (mapped(check_vma=False)(x) ** 3).sum()))(x)\n"
+        "half = jax.grad(lambda x: (bn.batch_norm(x) ** 3).sum())(jnp.asarray(x[8:]))\n"
+        "np.testing.assert_allclose(dx[8:], half, rtol=1e-4, atol=1e-5)\n"
+        "try: mapped()(x)\n"
+        "except NotImplementedError as error: assert 'check_vma=False' in str(error)\n"
+        "else: raise AssertionError('not refused')\n"
         "print('both')"
     )
     assert run_python(code, XLA_FLAGS="--xla_force_host_platform_device_count=2") == "both\n"

@@ -253,11 +253,25 @@ def _mapped(primitive: Primitive) -> Callable[..., tuple[list[Array], list[int]]
     return rule
 
 
+def _varies(aval: Any) -> bool:
+    """Whether `jax.shard_map` keeps track of the axes that an array varies along (two names of one thing)."""
+    return bool(getattr(aval, "vma", None) or getattr(getattr(aval, "mat", None), "varying", None))
+
+
 def _primitive(name: str, avals: Any, formula: Any) -> Primitive:
     primitive = Primitive(f"bnarray_{name}")
     primitive.multiple_results = True
     primitive.def_impl(lambda *operands, **how: _compiled(primitive, tuple(sorted(how.items())))(*operands))
-    primitive.def_abstract_eval(avals)
+
+    def checked_avals(*operands: Any, **how: Any) -> list[ShapedArray]:
+        if any(map(_varies, operands)):
+            raise NotImplementedError(
+                "jax.shard_map would keep track of which axes bnarray's results vary along, which they do not say; "
+                "pass it check_vma=False"
+            )
+        return avals(*operands, **how)  # type: ignore[no-any-return]
+
+    primitive.def_abstract_eval(checked_avals)
     batching.primitive_batchers[primitive] = _mapped(primitive)
     mlir.register_lowering(primitive, mlir.lower_fun(formula, multiple_results=True))
 
@@ -488,7 +502,11 @@ def _without_nones(**arrays: Array | None) -> Named:
 
 def _count(x: Array, where: Array, kept: tuple[int, ...], of_features: Array) -> Count:
     """The count as a number, if it is one and known."""
-    if varies_along(where.shape, x.ndim, kept) or is_symbolic(of_features):
+    if is_symbolic(of_features):
+        return of_features
+    if not is_finite(of_features):
+        raise ValueError("where holds weights whose sum is beyond the largest number; scale them")
+    if varies_along(where.shape, x.ndim, kept):
         return of_features
     return float((_of_bits(of_features) if _is_bits(of_features) else np.asarray(of_features)).flat[0])
 

@@ -319,6 +319,7 @@ def test_vmap_over_other_axes_twice_and_over_masks() -> None:
     for i in range(3):
         for j in range(2):
             np.testing.assert_allclose(twice[:, i, j], bn.batch_norm(x[:, i, j]), rtol=1e-6)
+    assert jax.vmap(jax.grad(lambda x: bn.batch_norm(x).sum()))(jnp.ones((0, 4, 3))).shape == (0, 4, 3)
     where_alone = jax.vmap(lambda mask: bn.batch_norm(x[:, 0, :, 0], where=mask[:, None]))(mask)
     np.testing.assert_allclose(where_alone[1], bn.batch_norm(x[:, 0, :, 0], where=mask[1][:, None]), rtol=1e-6)
 
@@ -475,13 +476,14 @@ def test_empty(shape: tuple[int, ...], x64: bool) -> None:
     assert updated.num_updates == updated.num_skipped == 0
 
 
-def test_threads() -> None:
-    """Calls from several threads at once, large enough to share their work."""
-    (x,) = _draw((16, 8, 64, 64), dtype=np.float32)
+@pytest.mark.parametrize("shape", [(16, 8, 64, 64), (64, 100)], ids=str)
+def test_threads(shape: tuple[int, ...]) -> None:
+    """Calls from several threads at once, large enough to share their work, and so small that they need no Python."""
+    (x,) = _draw(shape, dtype=np.float32)
     function = jax.jit(jax.value_and_grad(lambda x: (bn.batch_norm(x) ** 3).sum()))
     expected = jax.tree.map(np.array, function(x))
     with ThreadPoolExecutor(4) as pool:
-        for found in pool.map(lambda _: jax.block_until_ready(function(x)), range(24)):
+        for found in pool.map(lambda _: jax.block_until_ready(function(x)), range(60)):
             np.testing.assert_array_equal(found[0], expected[0])
             np.testing.assert_array_equal(found[1], expected[1])
 

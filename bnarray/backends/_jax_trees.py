@@ -1,6 +1,7 @@
 """Statistics as JAX's trees of arrays, so that they pass in and out of `jax.jit` and all the others.
 
-Loaded with the first JAX array, and whenever statistics are made in a process that has imported JAX.
+Loaded with the first JAX array, and whenever statistics are made in a process that has imported JAX: state that is
+older than `import jax` needs one or the other before its first `jax.jit`.
 """
 
 from typing import Any

@@ -276,7 +276,7 @@ def _primitive(name: str, avals: Any, formula: Any) -> Primitive:
     mlir.register_lowering(primitive, mlir.lower_fun(formula, multiple_results=True))
 
     def by_kernels(*operands: Array, call: Call) -> list[Array]:
-        if not _xla.is_usable():
+        if call.named(operands)["x"].size == 0 or not _xla.is_usable():  # a mapped axis may be empty
             return formula(*operands, call=call)  # type: ignore[no-any-return]
         return _xla.call(name, call, operands, avals(*operands, call=call))
 

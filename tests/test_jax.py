@@ -21,13 +21,18 @@ from jax.test_util import check_grads  # noqa: E402
 from bnarray.backends import _xla  # noqa: E402
 from bnarray.backends import jax as backend  # noqa: E402
 
+if hasattr(jax, "enable_x64"):
+    enable_x64 = jax.enable_x64
+else:  # before JAX 0.8
+    from jax.experimental import enable_x64
+
 Array = Any
 
 
 @pytest.fixture(params=["float32", "float64"])
 def x64(request: pytest.FixtureRequest) -> Iterator[bool]:
     """Whether JAX has float64."""
-    with jax.enable_x64(request.param == "float64"):
+    with enable_x64(request.param == "float64"):
         yield request.param == "float64"
 
 
@@ -79,7 +84,7 @@ def _check_gradients(case: Drawn, truth: Reference, gradients: dict[str, Array],
 @pytest.mark.parametrize(("shape", "kept", "dtype", "options"), _table())
 def test_case_table(shape: tuple[int, ...], kept: tuple[int, ...], dtype: str, options: Options) -> None:
     """Forward, backward by hand and by `jax.vjp`, eagerly and compiled."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         case = draw(shape, kept, "c", dtype, options, seed=len(shape))
         tolerance, truth, arguments = TOLERANCES[dtype], _reference(case), _arguments(case)
         x, dy = _jax(case.x), _jax(case.dy)
@@ -111,7 +116,7 @@ def test_formula(
 ) -> None:
     """What stands for the kernels where XLA cannot call them, and what derivatives are taken of."""
     monkeypatch.setattr(_xla, "is_usable", lambda: False)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         case = draw(shape, kept, "c", dtype, options, seed=len(shape))
         tolerance, truth, arguments = TOLERANCES[dtype], _reference(case), _arguments(case)
         y_of = jax.jit(lambda x: bn.batch_norm_forward(x, **arguments)[0])
@@ -174,20 +179,20 @@ def _function(options: dict[str, Any]) -> tuple[Callable[..., Array], list[Array
 @pytest.mark.parametrize("options", CALLS, ids=str)
 def test_derivatives(options: dict[str, Any]) -> None:
     """First and second, in both modes and all mixtures, against finite differences."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         call, arguments = _function(options)
         check_grads(jax.jit(call), arguments, order=2, modes=["fwd", "rev"], rtol=1e-4)
 
 
 def test_derivatives_without_jit() -> None:
-    with jax.enable_x64(True):
+    with enable_x64(True):
         call, arguments = _function({"residual": True})
         check_grads(call, arguments, order=1, modes=["fwd", "rev"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("options", CALLS[::2], ids=str)
 def test_forward_and_reverse_mode_agree(options: dict[str, Any]) -> None:
-    with jax.enable_x64(True):
+    with enable_x64(True):
         call, arguments = _function(options)
         every = tuple(range(len(arguments)))
         for forward, reverse in zip(
@@ -203,7 +208,7 @@ def test_forward_and_reverse_mode_agree(options: dict[str, Any]) -> None:
 
 
 def test_second_derivatives_by_weights() -> None:
-    with jax.enable_x64(True):
+    with enable_x64(True):
         arguments = _draw((6, 3), (3,), (3,))
 
         def total(call: Callable[..., Array], x: Array, weight: Array, bias: Array) -> Array:
@@ -217,7 +222,7 @@ def test_second_derivatives_by_weights() -> None:
 
 
 def test_gradient_by_hand_is_differentiable() -> None:
-    with jax.enable_x64(True):
+    with enable_x64(True):
         x, weight, bias, dy = _draw((6, 3), (3,), (3,), (6, 3))
 
         def by_hand(x: Array, weight: Array, bias: Array, dy: Array) -> tuple[Array, ...]:
@@ -284,7 +289,7 @@ def test_derivatives_beside_nan_that_does_not_count() -> None:
 @pytest.mark.parametrize("axes", ["all", "x", "weight"])
 def test_vmap(options: dict[str, Any], axes: str) -> None:
     """Calls and their gradients, mapped over some arguments, against a loop."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         call, arguments = _function(options)
         names = ["x", "weight", "bias", *(["residual"] if "residual" in options else [])]
         names += [f"stats{i}" for i in range(len(arguments) - len(names))]
@@ -422,7 +427,7 @@ def test_refusals() -> None:
         bn.batch_norm_backward(x, bn.batch_norm_forward(np.ones((4, 3)))[1])
     with pytest.raises(ValueError, match="where holds a weight"):
         bn.batch_norm(x, where=-x)
-    with pytest.raises(ValueError, match="whose sum is beyond"), jax.enable_x64(True):
+    with pytest.raises(ValueError, match="whose sum is beyond"), enable_x64(True):
         bn.batch_norm(jnp.ones((4, 3)), where=jnp.full((4, 1), 1e308))
     with pytest.raises(ValueError, match="whose sum is beyond"):
         bn.moments(x, where=jnp.full((4, 3), 2e38))
@@ -707,7 +712,7 @@ def test_sharded_over_devices(run_python: Callable[..., str]) -> None:
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
 def test_without_python_the_bits_are_the_same(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small call is made by Python once, then by compiled code, unless that refuses."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         made = []
         monkeypatch.setattr(_xla._Plan, "memory", lambda *a, real=_xla._Plan.memory: made.append(a) or real(*a))
         x, dy, weight, bias = _draw((64, 10), (64, 10), (10,), (10,))

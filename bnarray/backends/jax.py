@@ -435,7 +435,7 @@ def copy(x: Array) -> Array:
 
 
 def widen(x: Array) -> Array:
-    return x.astype(_wide())
+    return jnp.array(x, _wide(), copy=True)
 
 
 def parameter_dtype(like: Array) -> Any:

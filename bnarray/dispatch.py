@@ -23,10 +23,11 @@ Verbs: TypeAlias = Any  # a namespace with a function for each of VERBS
 VERBS = (
     *("check", "check_where", "check_out", "overlap", "device"),
     *("empty_like", "zeros", "copy", "guide", "widen", "cast", "parameter_dtype", "freeze", "to_numpy", "convert"),
-    *("vector", "of_vector", "is_traced", "traced_forward", "traced_backward", "traced_moments"),
+    *("cleared", "vector", "of_vector", "is_traced", "is_symbolic", "traced_statistic"),
+    *("traced_forward", "traced_backward", "traced_moments"),
     *("moments", "normalize", "forward", "grad_sums", "grad_input", "backward"),
     *("along", "merge", "variance", "sum_of_squares", "only_above", "invstd"),
-    *("prepare", "current", "update_stats", "is_finite", "lowest", "number"),
+    *("prepare", "current", "update_stats", "is_finite", "lowest", "number", "refusal", "choose"),
 )
 
 
@@ -231,17 +232,19 @@ def _conversion(kind: type, name: str) -> str:
     return f"numpy.asarray({name})"
 
 
-# Libraries whose compilers and transformations want to know a backend before they meet a call of it.
-_AHEAD = ("torch",)
+# What a framework's compilers and transformations have to know before they come upon a call, by framework: its backend,
+# or what makes statistics known to it.
+_unmet = {"torch": "torch", "jax": "_jax_trees"}
 
 
 def meet() -> None:
-    """Load the backends of those frameworks that the user has imported and that cannot do so in the midst of a call."""
-    for library in _AHEAD:
-        if library in sys.modules and library not in _verbs_of_library and library not in _registered:
-            with suppress(Exception):  # a broken framework is told of when an array of it arrives
-                module = load(library)
-                _verbs_of_type.update(dict.fromkeys(module.TYPES, _verbs(library, module)))
+    """Get ready for those frameworks that the user has imported and that leave no time for it amid a call."""
+    for library in [each for each in _unmet if sys.modules.get(each) is not None]:
+        module = _unmet.pop(library)
+        with suppress(Exception):  # a broken framework is told of when an array of it arrives
+            types = getattr(load(module), "TYPES", ())
+            if library not in _registered:
+                _verbs_of_type.update((each, backend_of(library)) for each in types)
 
 
 def backend(x: Array, name: str = "x") -> Verbs:
@@ -298,7 +301,7 @@ _FROM_ANOTHER = {
     "jax": "jax.numpy.from_dlpack({})",
     "numpy": "numpy.asarray({})",
 }
-_TO_ANOTHER = {"autograd": "autograd.tracer.getval({})", "dask": "numpy.asarray({})"}
+_TO_ANOTHER = {"autograd": "autograd.tracer.getval({})", "dask": "{}.compute()"}
 _TO_DEVICE = {"torch": "{}.to({}.device)"}
 
 

@@ -445,7 +445,9 @@ def _forward(call: _Call) -> tuple[Array, Transform]:
             update = verbs.prepare(stats, count, mean, m2)
 
     if verbs.is_traced(x, weight, bias, residual, *_arrays(stats)):
-        given = None if training else _given(verbs, verbs.convert, x, stats)
+        if training and isinstance(stats, RunningStats):
+            stats.check_known(not verbs.is_symbolic(x, weight, bias, residual, where))
+        given = None if training else _given(verbs, verbs.traced_statistic, x, stats)
         y, transform = verbs.traced_forward(x, weight, bias, residual, where, given, kept, eps, relu)
         if training:
             decide(transform.count, transform.mean, transform.m2)

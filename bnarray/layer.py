@@ -169,9 +169,10 @@ class BatchNorm:
         return self.train(False)
 
     def zero_grad(self) -> None:
-        """Set the gradients to zero, in place."""
-        for gradient in self.gradients():
-            gradient[...] = 0
+        """Set the gradients to zero, in place where the library's arrays can be changed."""
+        if self.weight is not None:
+            clear = backend(self.weight).cleared
+            self.grad_weight, self.grad_bias = clear(self.grad_weight), clear(self.grad_bias)
 
     def parameters(self) -> list[Array]:
         """Return [weight, bias], or nothing where there are none."""

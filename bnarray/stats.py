@@ -89,6 +89,7 @@ class Moments:
         self._set(_checked_count(count, mean), verbs.freeze(verbs.widen(mean)), verbs.freeze(verbs.widen(m2)))
 
     def _set(self, count: Count, mean: Array, m2: Array) -> None:
+        meet()
         for name, value in (("count", count), ("mean", mean), ("m2", m2)):
             object.__setattr__(self, name, value)
 
@@ -174,7 +175,7 @@ def _checked_count(count: Count, like: Array) -> Count:
     verbs = wrapping(backend(like), count)
     array = verbs.widen(verbs.convert(count, like))
     if tuple(array.shape) == ():
-        return _checked_count(float(array), like)
+        return array if verbs.is_symbolic(array) else _checked_count(float(array), like)
     if tuple(array.shape) != tuple(like.shape):
         raise ValueError(f"count has shape {tuple(array.shape)}; it should have the features', {tuple(like.shape)}")
     if not verbs.is_finite(array) or verbs.lowest(array) < 0:
@@ -296,18 +297,19 @@ class RunningStats:
         nonfinite: str = "skip",
         like: Array | None = None,
     ) -> None:
+        meet()
         self._shape = _checked_shape(num_features)
         self._update_rate = None if update_rate is None else checked_number(update_rate, "update_rate", most=1)
         self._correction = checked_number(correction, "correction")
         if nonfinite not in ("skip", "raise", "propagate"):
             raise ValueError(f"nonfinite is {nonfinite!r}; it should be 'skip', 'raise' or 'propagate'")
         self._nonfinite = nonfinite
-        meet()
         verbs = default_backend() if like is None else backend(like, "like")
         self._state = self._initial(verbs.zeros(self._shape, like))
-        self._register()
+        self.register()
 
-    def _register(self) -> None:
+    def register(self) -> None:
+        """Take a key of its own."""
         self.key = next(_keys)
         _by_key[self.key] = self
 
@@ -383,17 +385,29 @@ class RunningStats:
         FloatingPointError
             If a number is not finite and ``nonfinite="raise"``.
         """
+        self._check_batch(moments)
+        backend(moments.mean).prepare(self, moments.count, moments.mean, moments.m2)()
+
+    def _check_batch(self, moments: Moments) -> None:
         if not isinstance(moments, Moments):
             raise TypeError(f"moments is a {type(moments).__name__}; it should be Moments: see bnarray.moments")
         if tuple(moments.mean.shape) != self._shape:
             raise ValueError(f"moments has features of shape {tuple(moments.mean.shape)}; it should be {self._shape}")
-        backend(moments.mean).prepare(self, moments.count, moments.mean, moments.m2)()
+
+    def check_known(self, known: bool) -> None:
+        """Raise if an update would follow from what is not known when the call is made, but when its program runs."""
+        if not known and self not in _frozen.get():
+            raise TypeError(
+                "stats would have to change while a program is being made of the call (jit, grad, vmap); take "
+                "m = bnarray.moments(x) and return stats.updated(m)"
+            )
 
     def prepare(self, count: Count, mean: Array, m2: Array) -> Callable[[], None]:
         """Decide what an update with a batch does, raise or warn if it must, and return the function that does it."""
         if self in _frozen.get():
             return _nothing
         verbs = backend(mean)
+        self.check_known(not verbs.is_symbolic(count, mean, m2))
         lowest = count if is_number(count) else verbs.lowest(count)
         if lowest == 0:
             return _nothing
@@ -453,9 +467,36 @@ class RunningStats:
         return state._replace(count=count, mean=freeze(state.mean), var=freeze(state.var), m2=m2)
 
     def updated(self, moments: Moments) -> "RunningStats":
-        """Return what `update` would make of this, leaving it as it is: for functional code."""
+        """Return what `update` would make of this, leaving it as it is: for functional code.
+
+        While a program is being made of the call (``jax.jit``), no value can be looked at: a batch that `update` would
+        refuse is then one more skipped, without a word.
+        """
+        self._check_batch(moments)
+        batch = moments.count, moments.mean, moments.m2
+        if backend(moments.mean).is_symbolic(*batch):
+            return self.to(moments.mean)._updated_unseen(*batch)
+        if backend(self._state.mean).is_symbolic(*self._state):
+            verbs, like = backend(self._state.mean), self._state.mean
+            return self._updated_unseen(
+                moments.count, verbs.convert(moments.mean, like), verbs.convert(moments.m2, like)
+            )
         new = self.copy()
         new.update(moments)
+        return new
+
+    def _updated_unseen(self, count: Count, mean: Array, m2: Array) -> "RunningStats":
+        """What an update makes of this, whatever the values will be."""
+        verbs, new, before = backend(self._state.mean), self.copy(), self._state
+        correction = None if self._update_rate is None else self._correction
+        nothing, refused = verbs.refusal(count, mean, m2, correction, self._nonfinite == "propagate")
+        after = self._after(before, (count, mean, m2), num_updates=1)
+        kept = before._replace(num_skipped=before.num_skipped + verbs.choose(refused, 1, 0))
+        chosen: list[Any] = [
+            None if old is None else verbs.choose(nothing | refused, old, now)
+            for old, now in zip(kept, after, strict=True)
+        ]
+        new._state = _State(*chosen)
         return new
 
     def merge(self, other: "RunningStats") -> None:
@@ -505,7 +546,7 @@ class RunningStats:
         """Return an independent copy: one consistent snapshot."""
         new = RunningStats.__new__(RunningStats)
         new.__dict__.update(self.__dict__)
-        new._register()
+        new.register()
         return new
 
     def to(self, like: Array) -> "RunningStats":
@@ -523,7 +564,7 @@ class RunningStats:
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         self.__dict__.update(attributes)
-        self._register()
+        self.register()
         self._state = self._held(self._state)
 
     def state_dict(self) -> dict[str, Any]:

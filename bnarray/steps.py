@@ -76,12 +76,9 @@ def backward(
         nothing = verbs.vector(verbs.zeros(features_shape(x.shape, transform.kept), x), x)
         dresidual = None if transform.residual is None else verbs.empty_like(x)
         return (verbs.empty_like(x) if out is None else out), nothing, nothing, dresidual
-    if out is None and where is None and transform.residual is None and not is_constant:
-        # All in one go, because it goes into memory that nobody has seen yet.
-        found = verbs.backward(dy, x, transform)
-        if found is not None:
-            dx, sum_dz, sum_dz_x = found
-            return dx, sum_dz_x, sum_dz, None
+    gradients = verbs.backward(dy, x, transform, where, is_constant, out)
+    if gradients is not None:
+        return gradients  # type: ignore[no-any-return]  # a verb
     sum_dz, sum_dz_x = verbs.grad_sums(dy, x, transform)
     dx, dz = verbs.grad_input(dy, x, transform, where, None if is_constant else (sum_dz, sum_dz_x), out)
     return dx, sum_dz_x, sum_dz, dz

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from bnarray.dispatch import Capabilities, backend_of, built_in
+from bnarray.dispatch import Capabilities, backend_of
 
 Make = Callable[[np.ndarray], Any]
 
@@ -112,16 +112,11 @@ _MAKERS: dict[str, Callable[[], Library]] = {
     "autograd": _autograd,
 }
 
-#: Libraries that the generic backend is not meant for.
-_OWN_BACKEND = {"dask"} - set(built_in())
-
 NAMES = tuple(_MAKERS)
-INSTALLED = tuple(name for name in NAMES if find_spec(name) is not None and name not in _OWN_BACKEND)
+INSTALLED = tuple(name for name in NAMES if find_spec(name) is not None)
 
 
 def library(name: str) -> Library:
-    if name in _OWN_BACKEND:
-        pytest.skip(f"bnarray has no backend for {name} here: its arrays are not verified")
     if name not in INSTALLED:
         pytest.skip(f"{name} is not installed: its arrays are not verified")
     return _MAKERS[name]()

@@ -485,11 +485,11 @@ def test_no_axes() -> None:
         ),
         ({"x": dask.delayed(3)}, TypeError, r"x is a dask\.delayed"),
         ({"out": da.ones((4, 3))}, TypeError, "out is given, but a dask array has no memory"),
-        ({"out": np.ones((4, 3))}, TypeError, r"out is an array of numpy .* dask's array\.from_array\(out\)"),
+        ({"out": np.ones((4, 3))}, TypeError, r"out is an array of numpy .* dask\.array\.from_array"),
         (
             {"where": np.ones((4, 3), bool)},
             TypeError,
-            r"where is an array of numpy .* dask's array\.from_array\(where\)",
+            r"where is an array of numpy .* dask\.array\.from_array",
         ),
         ({"residual": np.ones((4, 3))}, TypeError, "residual is an array of numpy and x one of dask"),
         ({"residual": da.ones((4, 2))}, ValueError, "residual has shape"),
@@ -514,7 +514,7 @@ def test_errors(given: dict[str, Any], error: type[Exception], message: str) -> 
 
 
 def test_dask_arrays_for_a_numpy_x() -> None:
-    with pytest.raises(TypeError, match=r"weight is an array of dask and x one of numpy; .* weight\.compute\(\)"):
+    with pytest.raises(TypeError, match=r"weight is an array of dask and x one of numpy; .*weight\.compute\(\)"):
         bn.batch_norm(np.ones((4, 3)), da.ones(3))
     x = da.ones((4, 3))
     with pytest.raises(TypeError, match="out is given"):

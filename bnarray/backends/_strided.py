@@ -210,7 +210,7 @@ def find_moments(x: Memory, kept: tuple[int, ...], where: Memory | None) -> tupl
 
 
 @lru_cache(maxsize=4096)
-def _forward_step(
+def forward_step(
     kind: int, shape: tuple[int, ...], kept: tuple[int, ...], x_strides: Strides, y_strides: Strides
 ) -> _Step | None:
     """The plan for moments and output in one go, or None where two kernels are no slower.
@@ -254,7 +254,7 @@ def find_and_write(
     y: Memory,
 ) -> tuple[int, Vector, Vector] | None:
     """Write the transform of x by its own moments to y; return (count, mean, m2), or None if one go is no faster."""
-    step = _forward_step(x.kind, x.shape, kept, x.strides, y.strides)
+    step = forward_step(x.kind, x.shape, kept, x.strides, y.strides)
     if step is None:
         return None
     mean, m2 = np.empty((2, step.features))
@@ -290,7 +290,7 @@ def write_normalized(x: Memory, transform: Transform, residual: Memory | None, y
 
 
 @lru_cache(maxsize=4096)
-def _grad_sums_step(
+def grad_sums_step(
     kind: int,
     shape: tuple[int, ...],
     kept: tuple[int, ...],
@@ -309,7 +309,7 @@ def find_grad_sums(dy: Memory, x: Memory, transform: Transform, residual: Memory
         transform = _split(transform, how)
     added = residual or x
     gate, guide = _gate(transform), transform.guide or ()
-    step = _grad_sums_step(x.kind, x.shape, transform.kept, gate, guide, x.strides, dy.strides, added.strides)
+    step = grad_sums_step(x.kind, x.shape, transform.kept, gate, guide, x.strides, dy.strides, added.strides)
     sums = np.zeros((2, step.groups, step.features))
     operands = x.address, dy.address, added.address, x.kind, dy.kind
     step.run((x.owner, dy.owner, added.owner), *operands, *_statistics(transform), *sums)
@@ -326,7 +326,7 @@ def _backward_step(
     x_strides, dy_strides, _ = strides
     if split(shape, kept, x_strides):
         return None
-    alone = _grad_sums_step(kind, shape, kept, gate, (), x_strides, dy_strides, x_strides)
+    alone = grad_sums_step(kind, shape, kept, gate, (), x_strides, dy_strides, x_strides)
     joint = _step(
         backward.kernel, (gate,), _tile_type(kind), shape, kept, strides, tiles=3 + gate,
         vectors=coefficients.VECTORS + 2 + 2 * alone.groups if alone.grid[FAMILY] == COLUMNS else 1,
@@ -350,7 +350,7 @@ def find_and_write_gradient(dy: Memory, x: Memory, transform: Transform, dx: Mem
 
 
 @lru_cache(maxsize=4096)
-def _grad_input_step(
+def grad_input_step(
     kind: int, shape: tuple[int, ...], kept: tuple[int, ...], gate: int, statistics: int, *strides: Strides
 ) -> _Step:
     weighted = statistics == grad_input.WEIGHTED
@@ -382,7 +382,7 @@ def write_grad_input(
     statistics = grad_input.CONSTANT if sums is None else grad_input.BATCH if where is None else grad_input.WEIGHTED
     dy_to_dresidual = [each or x for each in (dy, dx, where, residual, dresidual)]
     strides = x.strides, *(each.strides for each in dy_to_dresidual)
-    step = _grad_input_step(x.kind, x.shape, transform.kept, _gate(transform), statistics, *strides)
+    step = grad_input_step(x.kind, x.shape, transform.kept, _gate(transform), statistics, *strides)
     owners = x.owner, *(each.owner for each in dy_to_dresidual)
     addresses = x.address, *(each.address for each in dy_to_dresidual)
     kinds = x.kind, dy.kind, x.kind if where is None else where.kind
@@ -437,13 +437,17 @@ class Adapter:
         write_normalized(self._memory(x), transform, self._optional(transform.residual), self._memory(y))
         return y
 
-    def backward(self, dy: Array, x: Array, transform: Transform) -> tuple[Array, Vector, Vector] | None:
+    def backward(
+        self, dy: Array, x: Array, transform: Transform, where: Array | None, is_constant: bool, out: Array | None
+    ) -> tuple[Array, Vector, Vector, None] | None:
+        if is_constant or not (out is None and where is None and transform.residual is None):
+            return None
         dx = self._empty_like(x)
         sums = find_and_write_gradient(self._memory(dy), self._memory(x), transform, self._memory(dx))
         if sums is None:
             return None
         shape = transform.mean.shape
-        return dx, shaped(sums[0], shape), shaped(sums[1], shape)
+        return dx, shaped(sums[1], shape), shaped(sums[0], shape), None
 
     def grad_sums(self, dy: Array, x: Array, transform: Transform) -> tuple[Vector, Vector]:
         sums = find_grad_sums(self._memory(dy), self._memory(x), transform, self._optional(transform.residual))

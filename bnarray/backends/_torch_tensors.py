@@ -238,8 +238,8 @@ def normalize(x: Tensor, transform: Transform, out: Tensor | None) -> Tensor:
     return y
 
 
-def backward(dy: Tensor, x: Tensor, transform: Transform) -> tuple[Tensor, Any, Any] | None:
-    return _of(x).backward(dy, x, transform)  # type: ignore[no-any-return]  # a verb
+def backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Any, Any, None] | None:
+    return _of(x).backward(dy, x, *rest)  # type: ignore[no-any-return]  # a verb
 
 
 def grad_sums(dy: Tensor, x: Tensor, transform: Transform) -> tuple[Any, Any]:

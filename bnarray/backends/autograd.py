@@ -85,6 +85,9 @@ def convert(x: Array, like: Array) -> Array:
     return x if _is_box(x) else default_backend().convert(x, getval(like))
 
 
+traced_statistic = convert
+
+
 def along(x: Array, kept: tuple[int, ...], of_features: Array) -> Array:
     return anp.reshape(of_features, along_features(x.shape, kept))
 

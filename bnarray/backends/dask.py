@@ -145,6 +145,9 @@ def convert(x: Array, like: da.Array) -> Array:
     return x if _is_lazy(x) else _in_numpy(x)
 
 
+traced_statistic = convert
+
+
 def vector(of_features: Array, x: da.Array, copy: bool = False) -> Array:
     array = convert(of_features, x)
     return widen(array).copy() if copy else widen(array)

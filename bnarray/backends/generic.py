@@ -183,6 +183,12 @@ def freeze(x: Array) -> Array:
     return x
 
 
+def cleared(x: Array) -> Array:
+    """Return x with zeros in it; a new array where the library has immutable ones."""
+    x[...] = 0
+    return x
+
+
 def to_numpy(x: Array) -> Any:
     """Return a copy of x as a NumPy array."""
     return np.array(np.from_dlpack(x) if hasattr(x, "__dlpack__") else np.asarray(x), copy=True)
@@ -217,6 +223,16 @@ def of_vector(of_features: Array, x: Array, dtype: Any = None) -> Array:
 def is_traced(*arrays: Array | None) -> bool:
     """Whether the library follows what is done to one of the arrays."""
     return False
+
+
+def is_symbolic(*arrays: Count) -> bool:
+    """Whether one of the arrays (or numbers) has no values yet: a program is being made of what is done to it."""
+    return False
+
+
+def traced_statistic(of_features: Array, x: Array) -> Array:
+    """Return a per-feature array of any library, by which x is to be normalised, as `traced_forward` takes it."""
+    return backend(x).convert(of_features, x)
 
 
 def traced_forward(*arguments: Any) -> tuple[Array, Transform]:
@@ -394,8 +410,10 @@ def grad_input(
     return out, dresidual
 
 
-def backward(dy: Array, x: Array, transform: Transform) -> tuple[Array, Array, Array] | None:
-    """Return (dx, Σ dz, Σ dz · x̂) of a training step without weights or residual, or None if one go is no faster."""
+def backward(
+    dy: Array, x: Array, transform: Transform, where: Array | None, is_constant: bool, out: Array | None
+) -> tuple[Array, Array, Array, Array | None] | None:
+    """Return (dx, dweight, dbias, dz or None) in one go, or None if `grad_sums` and `grad_input` are no slower."""
     return None
 
 
@@ -423,6 +441,29 @@ def lowest(array: Count) -> float:
     if not bool(xp.any(array != 0)):
         return 0.0
     return float(xp.min(xp.where(array != 0, array, xp.full_like(array, float("inf")))))
+
+
+def refusal(
+    count: Count, mean: Array, m2: Array, correction: float | None, takes_nonfinite: bool
+) -> tuple[Array, Array]:
+    """Return whether nothing was counted, and whether an update refuses the batch, as arrays without axes.
+
+    It refuses a count that does not exceed the correction (None if any will do), and numbers that are not finite.
+    """
+    xp = array_namespace(mean)
+    count = count + xp.zeros_like(m2)
+    nothing = ~xp.any(count > 0)
+    refused = xp.zeros_like(nothing)
+    if correction is not None:
+        refused = refused | xp.any((count > 0) & (count <= correction))
+    if not takes_nonfinite:
+        refused = refused | ~(xp.all(xp.isfinite(mean)) & xp.all(xp.isfinite(m2)))
+    return nothing, refused & ~nothing
+
+
+def choose(condition: Array, yes: Any, no: Any) -> Array:
+    """Return one of two arrays or numbers, by an array without axes."""
+    return array_namespace(condition).where(condition, yes, no)
 
 
 def prepare(stats: Any, count: Count, mean: Array, m2: Array) -> Any:

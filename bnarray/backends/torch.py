@@ -54,6 +54,7 @@ namespaces.update(dict.fromkeys(TYPES, array_namespace(torch.empty(0))))
 
 is_grad_enabled = torch.is_grad_enabled
 
+traced_statistic = convert
 traced_forward = _torch_operations.forward
 traced_backward = _torch_operations.backward
 traced_moments = _torch_operations.moments

@@ -99,11 +99,11 @@ class Kernel:
 
     call: Callable[..., Any]
 
-    def __init__(self, name: str, signature: Any, function: Callable[..., Any]) -> None:
+    def __init__(self, name: str, signature: Any, function: Callable[..., Any], *, for_c: bool = False) -> None:
         self._signature = signature
         self.kinds = signature.args
         named(name, function)
-        self._dispatcher = njit(no_cfunc_wrapper=True, **_options)(function)
+        self._dispatcher = njit(no_cfunc_wrapper=not for_c, **_options)(function)
         self._dispatcher._cache = _OnDisk(name)
         self.call = self._compile_and_call
 
@@ -111,12 +111,20 @@ class Kernel:
         self.compile()
         return self.call(*arguments)
 
+    def _find(self, which: str) -> int:
+        self.compile()
+        (compiled,) = self._dispatcher.overloads.values()
+        return int(compiled.library.get_pointer_to_function(getattr(compiled.fndesc, which)))
+
     @cached_property
     def address(self) -> int:
         """Where the machine code begins, which takes what `kinds` says as Numba's own calls pass it."""
-        self.compile()
-        (compiled,) = self._dispatcher.overloads.values()
-        return int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))
+        return self._find("llvm_func_name")
+
+    @cached_property
+    def c_address(self) -> int:
+        """Where the C function begins that calls it, if it was made `for_c`."""
+        return self._find("llvm_cfunc_wrapper_name")
 
     def compile(self) -> None:
         with _compiling:

@@ -81,7 +81,7 @@ def _put(typingctx, address, room, value):
 
 
 @intrinsic
-def _call(typingctx, function, arguments):
+def call_at(typingctx, function, arguments):
     """Call the compiled function at an address; return whether it raised nothing."""
 
     def codegen(context, builder, signature, args):
@@ -115,7 +115,7 @@ def _handover(kinds: tuple[Any, ...]) -> Handover:
 
     def unpack(at):
         mail = view(at, SIZE, 0)
-        if not _call(mail[KERNEL], get(at + 8 * ARGUMENTS)):
+        if not call_at(mail[KERNEL], get(at + 8 * ARGUMENTS)):
             mail[FAILED] = 1
 
     @machinery
@@ -152,7 +152,7 @@ def _serve(mail, looks):
     while quiet < looks:
         quiet += 1
         if _look(mail + 8 * STATE) == POSTED and _exchange(mail + 8 * STATE, POSTED, TAKEN):
-            _call(view(mail, SIZE, 0)[UNPACK], (mail,))
+            call_at(view(mail, SIZE, 0)[UNPACK], (mail,))
             _exchange(mail + 8 * STATE, TAKEN, NOTHING)
             quiet = 0
 

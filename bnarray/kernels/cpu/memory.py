@@ -258,7 +258,8 @@ _read_bool = _reader("bool", np.uint8(0), _of_bool)
 
 
 @machinery
-def _read(address, step, kind, line):
+def read(address, step, kind, line):
+    """Fill a line with elements of a kind, `step` bytes apart."""
     if kind == FLOAT32:
         _read_single(address, step, line)
     elif kind == FLOAT64:
@@ -272,7 +273,8 @@ def _read(address, step, kind, line):
 
 
 @machinery
-def _write(line, address, step, kind):
+def write(line, address, step, kind):
+    """Write a line to elements of a kind, `step` bytes apart."""
     if kind == FLOAT32:
         _write_single(line, address, step)
     elif kind == FLOAT64:
@@ -315,7 +317,7 @@ def load(address, steps, rows, columns, kind, buffer):
         return address, down
     lines, size = _evenly(down, across, rows, columns)
     for row in range(lines):
-        _read(address + row * down, across, kind, buffer[row * size : (row + 1) * size])
+        read(address + row * down, across, kind, buffer[row * size : (row + 1) * size])
     return tile_of(buffer, columns)
 
 
@@ -338,4 +340,4 @@ def store(address, steps, rows, columns, kind, buffer, at):
         return
     lines, size = _evenly(down, across, rows, columns)
     for row in range(lines):
-        _write(buffer[row * size : (row + 1) * size], address + row * down, across, kind)
+        write(buffer[row * size : (row + 1) * size], address + row * down, across, kind)

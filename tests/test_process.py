@@ -311,6 +311,10 @@ import os, random, signal, threading, time, numpy as np, bnarray as bn
 from bnarray.kernels.cpu import pool
 x = np.random.default_rng(0).normal(size=(1000, 32, 28)).astype(np.float32)
 expected, end = bn.batch_norm(x), time.monotonic() + 3
+def raise_inside_of_calls(number, frame):
+    if frame.f_code.co_filename != "<string>":  # this program itself is not what is tested
+        raise KeyboardInterrupt
+signal.signal(signal.SIGINT, raise_inside_of_calls)
 def interrupt():
     while time.monotonic() < end:
         time.sleep(random.random() * 0.004)

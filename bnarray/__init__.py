@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bnarray import convert as convert
     from bnarray.convert import fold as fold
     from bnarray.dispatch import register_backend as register_backend
     from bnarray.files import Normalized as Normalized
@@ -43,10 +44,15 @@ _ROOMS = {
     "register_backend": "dispatch",
 }
 
-__all__ = ["__version__", *_ROOMS]  # noqa: PLE0604  # strings, from the table
+#: Rooms with names of their own.
+_MODULES = ("convert",)
+
+__all__ = ["__version__", *_ROOMS, *_MODULES]  # noqa: PLE0604  # strings, from the tables
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"bnarray.{name}")
     if name not in _ROOMS:
         raise AttributeError(f"module 'bnarray' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"bnarray.{_ROOMS[name]}"), name)

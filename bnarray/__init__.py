@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from bnarray.functional import batch_norm_forward as batch_norm_forward
     from bnarray.functional import moments as moments
     from bnarray.layer import BatchNorm as BatchNorm
+    from bnarray.population import population_stats as population_stats
     from bnarray.stats import Moments as Moments
     from bnarray.stats import RunningStats as RunningStats
 
@@ -41,6 +42,7 @@ _ROOMS = {
     "fold": "convert",
     "moments": "functional",
     "normalize_file": "files",
+    "population_stats": "population",
     "register_backend": "dispatch",
 }
 

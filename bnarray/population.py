@@ -30,7 +30,8 @@ def population_stats(
         What can be gone through again and again: a list, an array, a data set; or a function that returns an iterable
         of all batches. Empty batches do not count; their order does not matter, nor do their sizes.
     forward
-        Runs the network on a batch, calling every layer once at most. Masks (``where=``) that it gives to a layer hold.
+        Runs the network on a batch, calling every layer once at most, and not from inside a compiled program. Masks
+        (``where=``) that it gives to a layer hold.
 
     Raises
     ------

@@ -204,6 +204,25 @@ def test_what_torch_means_otherwise() -> None:
         bn.convert.from_torch(average, eps=1e-3)
 
 
+def test_modules_that_only_look_like_it() -> None:
+    torch = _installed("torch")
+
+    class WithActivation(torch.nn.BatchNorm2d):
+        def forward(self, x: Any) -> Any:
+            return super().forward(x).relu()
+
+    class Named(torch.nn.BatchNorm2d):
+        pass
+
+    for module in (WithActivation(2), torch.nn.InstanceNorm2d(2, track_running_stats=True)):
+        with pytest.raises(TypeError, match=r"forward of its own.*state_dict"):
+            bn.convert.from_torch(module)
+    with pytest.raises(ValueError, match="lazy"):
+        bn.convert.from_torch(torch.nn.LazyBatchNorm2d())
+    for module in (Named(2), import_module("bnarray.torch").BatchNorm1d(2)):
+        assert bn.convert.from_torch(module).stats.num_features == 2
+
+
 # -- Keras -------------------------------------------------------------------------------------------------------------
 
 
@@ -268,6 +287,10 @@ def test_what_keras_means_otherwise() -> None:
     with pytest.raises(ValueError, match=r"synchronized.*frozen=True"):
         bn.convert.from_keras(layer)
     bn.convert.from_keras(layer, frozen=True)
+    layer.fused = False  # as Keras 2 has it
+    with pytest.raises(ValueError, match=r"Keras 2.*mapping, with frozen=True"):
+        bn.convert.from_keras(layer, frozen=True)
+    del layer.fused
     layer.renorm = True
     with pytest.raises(ValueError, match="renorm=True"):
         bn.convert.from_keras(layer, frozen=True)
@@ -545,6 +568,11 @@ def test_links_that_cannot_be_had() -> None:
         bn.convert.from_chainer(_link(FEATURES, avg_var=None))
     with pytest.raises(ValueError, match="no gamma"):
         bn.convert.from_chainer(_link(FEATURES, gamma=None))
+    with pytest.raises(ValueError, match="renormalization"):
+        bn.convert.from_chainer(_link(FEATURES, rmax=3))
+    with pytest.raises(ValueError, match=r"all processes.*frozen=True"):
+        bn.convert.from_chainer(_link(FEATURES, comm=None))
+    assert bn.convert.from_chainer(_link(FEATURES, comm=None), frozen=True).stats.update_rate == 0
 
 
 # -- ONNX --------------------------------------------------------------------------------------------------------------
@@ -640,6 +668,9 @@ def test_inputs_of_a_node() -> None:
         bn.convert.from_onnx(node)
     with pytest.raises(KeyError, match="lacks a"):
         bn.convert.from_onnx(node, {"b": np.ones(2)})
+    tensors = {name: _installed("onnx").TensorProto() for name in "abcd"}
+    with pytest.raises(TypeError, match=r"TensorProto.*onnx.numpy_helper.to_array"):
+        bn.convert.from_onnx(node, tensors)
 
 
 # -- What all have in common -------------------------------------------------------------------------------------------

@@ -48,7 +48,8 @@ def from_chainer(
     KeyError
         If the mapping lacks an array.
     ValueError
-        If the link has no arrays yet, or one of gamma and beta only.
+        If the link has no arrays yet, or one of gamma and beta only; if it renormalises; if it normalises over several
+        processes, unless `frozen`.
 
     Examples
     --------
@@ -60,8 +61,7 @@ def from_chainer(
     """
     if hasattr(link, "avg_var"):
         common.check_unstated(eps, update_rate)
-        if link.avg_var is None:
-            raise ValueError("link has no arrays yet; give it a size, or call it")
+        _check_link(link, frozen)
         settings = Settings(link.eps, common.complement(link.decay), _kept(link.axis, len(link.avg_var.shape)))
         arrays = {name: getattr(link, name, None) for name in ("gamma", "beta", "avg_mean", "avg_var")}
     else:
@@ -76,6 +76,18 @@ def from_chainer(
         frozen=frozen,
         like=like,
     )
+
+
+def _check_link(link: Any, frozen: bool) -> None:
+    if link.avg_var is None:
+        raise ValueError("link has no arrays yet; give it a size, or call it")
+    if hasattr(link, "rmax"):
+        raise ValueError("link does batch renormalization, which a BatchNorm cannot do")
+    if hasattr(link, "comm") and not frozen:
+        raise ValueError(
+            "link normalises over all processes, and a BatchNorm over its own batch; pass frozen=True for evaluation "
+            "only"
+        )
 
 
 def _kept(reduced: Axis | None, features: int) -> Axis:

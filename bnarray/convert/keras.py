@@ -46,7 +46,8 @@ def from_keras(
     KeyError
         If the mapping lacks an array.
     ValueError
-        If the layer is not built, has one of gamma and beta only, renormalises, or (unless `frozen`) is synchronized.
+        If the layer is not built, is of Keras 2, has one of gamma and beta only, renormalises, or (unless `frozen`) is
+        synchronized.
 
     Examples
     --------
@@ -79,6 +80,11 @@ def from_keras(
 def _check_layer(layer: Any, frozen: bool) -> None:
     if layer.moving_variance is None:
         raise ValueError("layer is not built and has no arrays yet; call it, or layer.build(shape)")
+    if hasattr(layer, "fused"):
+        raise ValueError(
+            "layer is of Keras 2, whose running variance is unbiased or not, as it is computed; pass its arrays as a "
+            "mapping, with frozen=True"
+        )
     if getattr(layer, "renorm", False):
         raise ValueError("layer has renorm=True, batch renormalization, which a BatchNorm cannot do")
     if getattr(layer, "synchronized", False) and not frozen:

@@ -10,6 +10,9 @@ from bnarray.layer import BatchNorm
 
 _CORRECTION = 1
 
+#: Whose forward passes are known.
+_MAKERS = ("bnarray", "torch")
+
 
 def from_torch(
     module: Any,
@@ -43,7 +46,7 @@ def from_torch(
     Raises
     ------
     TypeError
-        If module is neither, or a setting is missing.
+        If module is neither, or has a forward of its own, or a setting is missing.
     KeyError
         If the mapping lacks an array.
     ValueError
@@ -67,6 +70,7 @@ def from_torch(
 
 
 def _from_module(module: Any, frozen: bool, like: Array | None) -> BatchNorm:
+    _check_kind(module)
     if module.running_mean is None:
         raise ValueError(
             "module keeps no running statistics (track_running_stats=False), and every BatchNorm does; call "
@@ -86,6 +90,19 @@ def _from_module(module: Any, frozen: bool, like: Array | None) -> BatchNorm:
     names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     state = {name: getattr(module, name) for name in names if getattr(module, name) is not None}
     return _layer(state, Settings(module.eps, 0.0 if rate is None else rate, 1), frozen, like, module.training)
+
+
+def _check_kind(module: Any) -> None:
+    """Raise if a module only looks like batch normalization: with a formula, or a function after it, of its own."""
+    kind = type(module)
+    maker = getattr(getattr(kind, "forward", None), "__module__", "")
+    if "_BatchNorm" not in [each.__name__ for each in kind.__mro__] or maker.partition(".")[0] not in _MAKERS:
+        raise TypeError(
+            f"module is a {kind.__module__}.{kind.__qualname__}, with a forward of its own; if it is torch's batch "
+            f"normalization, pass module.state_dict(), with eps= and update_rate="
+        )
+    if "Uninitialized" in type(module.running_mean).__name__:
+        raise ValueError("module is lazy and has no arrays yet; call it")
 
 
 def _layer(state: Mapping[str, Any], settings: Settings, frozen: bool, like: Array | None, training: bool) -> BatchNorm:

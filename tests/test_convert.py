@@ -228,16 +228,16 @@ def test_modules_that_only_look_like_it() -> None:
 
 class _Keras(_Theirs):
     def __init__(self, layer: Any) -> None:
-        self.layer = layer
+        self.layer, self.numpy = layer, _installed("keras").ops.convert_to_numpy
 
     def evaluate(self, x: np.ndarray) -> Any:
-        return np.array(self.layer(x, training=False))
+        return self.numpy(self.layer(x, training=False))
 
     def train(self, x: np.ndarray) -> Any:
-        return np.array(self.layer(x, training=True))
+        return self.numpy(self.layer(x, training=True))
 
     def statistics(self) -> tuple[Any, Any]:
-        return np.array(self.layer.moving_mean.value), np.array(self.layer.moving_variance.value)
+        return self.numpy(self.layer.moving_mean.value), self.numpy(self.layer.moving_variance.value)
 
 
 def _trained_keras(axis: int, **keywords: Any) -> Any:
@@ -711,6 +711,8 @@ def test_errors_of_mappings(system: str) -> None:
         convert(arrays)
     with pytest.raises(TypeError, match="pass eps= "):
         convert(arrays, update_rate=0.1)
+    with pytest.raises(TypeError, match=r"momentum=0.9 is ambiguous.*update_rate=0.1 for Keras"):
+        convert(arrays, eps=1e-5, momentum=0.9)
     rates = {"eps": 1e-5, "update_rate": 0.1}
     with pytest.raises(TypeError, match="is a list; it should be a layer"):
         convert([], **rates)
@@ -827,10 +829,11 @@ def test_fold_as_keras_convolves(matrix: bool) -> None:
     before = keras.layers.Dense(FEATURES) if matrix else keras.layers.Conv2D(FEATURES, 3)
     theirs = _trained_keras(-1)
     x = _draw(2, 8, 8, 4, axis=-1)
-    expected = np.array(theirs(before(x), training=False))
-    kernel, bias = (np.array(each.value) for each in (before.kernel, before.bias))
+    numpy = keras.ops.convert_to_numpy
+    expected = numpy(theirs(before(x), training=False))
+    kernel, bias = numpy(before.kernel.value), numpy(before.bias.value)
     before.set_weights(bn.fold(kernel, bias, bn.convert.from_keras(theirs), axis=-1))
-    assert abs(np.array(before(x)) - expected).max() <= 1e-6 * abs(expected).max()
+    assert abs(numpy(before(x)) - expected).max() <= 1e-6 * abs(expected).max()
 
 
 @pytest.mark.parametrize("matrix", [True, False], ids=["matrix", "convolution"])

@@ -150,6 +150,30 @@ def test_all_or_nothing(when: int, error: type[BaseException]) -> None:
     _assert_unchanged(network.layers, before)
 
 
+def test_an_interrupt_among_the_last_assignments() -> None:
+    class Interrupted(bn.RunningStats):
+        armed = False
+
+        def __setattr__(self, name: str, value: object) -> None:
+            if Interrupted.armed and name == "_state":
+                Interrupted.armed = False
+                raise KeyboardInterrupt
+            super().__setattr__(name, value)
+
+    network = _Network()
+    network.layers[1].stats = Interrupted(WIDTHS[1])
+    before = [_state(layer) for layer in network.layers]
+
+    def batches() -> Iterator[np.ndarray]:
+        yield from _batches()
+        Interrupted.armed = True
+
+    with pytest.raises(KeyboardInterrupt):
+        bn.population_stats(network.layers, batches, network)
+    assert not Interrupted.armed
+    _assert_unchanged(network.layers, before)
+
+
 def test_numbers_that_are_not_finite() -> None:
     bad = [*_batches(), np.full((2, 6), np.nan)]
     network, clean = _Network(), _Network()

@@ -7,10 +7,12 @@ from bnarray.convert import _common as common
 from bnarray.convert._common import Axis, Converted, Settings
 from bnarray.dispatch import Array
 from bnarray.layer import BatchNorm
+from bnarray.stats import explains_momentum
 
 _CORRECTION = 0
 
 
+@explains_momentum
 def from_flax(
     source: Any,
     *,

@@ -8,7 +8,7 @@ from bnarray.convert import _common as common
 from bnarray.convert._common import Settings
 from bnarray.dispatch import Array
 from bnarray.layer import BatchNorm
-from bnarray.stats import checked_number
+from bnarray.stats import checked_number, explains_momentum
 
 _CORRECTION = 0
 
@@ -16,6 +16,7 @@ _CORRECTION = 0
 _FORGOTTEN = 2.0**-25
 
 
+@explains_momentum
 def from_haiku(
     params: Mapping[str, Any],
     state: Mapping[str, Any],

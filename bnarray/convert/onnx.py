@@ -7,11 +7,13 @@ from bnarray.convert import _common as common
 from bnarray.convert._common import Converted, Settings
 from bnarray.dispatch import Array, backend
 from bnarray.layer import BatchNorm
+from bnarray.stats import explains_momentum
 
 _CORRECTION = 0
 _INPUTS = ("scale", "B", "input_mean", "input_var")
 
 
+@explains_momentum
 def from_onnx(
     node: Any,
     initializers: Mapping[str, Any] | None = None,

@@ -7,6 +7,7 @@ from bnarray.convert import _common as common
 from bnarray.convert._common import Converted, Settings
 from bnarray.dispatch import Array, backend
 from bnarray.layer import BatchNorm
+from bnarray.stats import explains_momentum
 
 _CORRECTION = 1
 
@@ -14,6 +15,7 @@ _CORRECTION = 1
 _MAKERS = ("bnarray", "torch")
 
 
+@explains_momentum
 def from_torch(
     module: Any,
     *,

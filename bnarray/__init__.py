@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bnarray import convert as convert
     from bnarray.convert import fold as fold
     from bnarray.dispatch import register_backend as register_backend
     from bnarray.files import Normalized as Normalized
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from bnarray.functional import batch_norm_forward as batch_norm_forward
     from bnarray.functional import moments as moments
     from bnarray.layer import BatchNorm as BatchNorm
+    from bnarray.population import population_stats as population_stats
     from bnarray.stats import Moments as Moments
     from bnarray.stats import RunningStats as RunningStats
 
@@ -40,13 +42,19 @@ _ROOMS = {
     "fold": "convert",
     "moments": "functional",
     "normalize_file": "files",
+    "population_stats": "population",
     "register_backend": "dispatch",
 }
 
-__all__ = ["__version__", *_ROOMS]  # noqa: PLE0604  # strings, from the table
+#: Rooms with names of their own.
+_MODULES = ("convert",)
+
+__all__ = ["__version__", *_ROOMS, *_MODULES]  # noqa: PLE0604  # strings, from the tables
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"bnarray.{name}")
     if name not in _ROOMS:
         raise AttributeError(f"module 'bnarray' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"bnarray.{_ROOMS[name]}"), name)

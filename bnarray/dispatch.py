@@ -210,6 +210,7 @@ def _find(x: Array) -> Verbs | None:
 _CONVERSIONS = {
     "builtins.bytes": "numpy.frombuffer({0}, dtype=numpy.float32), with the dtype that it holds",
     "builtins.bytearray": "numpy.frombuffer({0}, dtype=numpy.float32), with the dtype that it holds",
+    "onnx": "onnx.numpy_helper.to_array({0})",
     "pandas": "{0}.to_numpy()",
     "pint": "{0}.magnitude",
     "polars": "{0}.to_numpy()",

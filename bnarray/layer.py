@@ -1,6 +1,6 @@
 """BatchNorm, a layer for networks written by hand."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from bnarray.dispatch import Array, backend, default_backend
@@ -99,6 +99,7 @@ class BatchNorm:
         self.training = True
         self.weight = self.bias = self.grad_weight = self.grad_bias = self.grad_residual = None
         self._saved: Saved | None = None
+        self.on_call: Callable[[], object] | None = None  # for who measures a network
         if affine:
             verbs = default_backend() if like is None else backend(like, "like")
             zeros = verbs.zeros(own.features_shape, like)
@@ -124,6 +125,8 @@ class BatchNorm:
         TypeError, ValueError
             As `batch_norm`; nothing has changed then.
         """
+        if self.on_call is not None:
+            self.on_call()
         y, self._saved = batch_norm_forward(
             x,
             self.weight,
@@ -225,7 +228,7 @@ class BatchNorm:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles have no forward to go back from, and no batch in them."""
-        return self.__dict__ | {"_saved": None, "grad_residual": None}
+        return self.__dict__ | {"_saved": None, "grad_residual": None, "on_call": None}
 
     def __repr__(self) -> str:
         return (

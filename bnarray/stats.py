@@ -239,6 +239,19 @@ def _warn(message: str) -> None:
 def _nothing() -> None: ...
 
 
+def replace_states(pairs: Iterable[tuple["RunningStats", "RunningStats"]]) -> None:
+    """Let each first one's state become the second's, which is cumulative and of the same correction: all or none."""
+    changes = [(stats, stats._state, stats.taken_from(exact)) for stats, exact in pairs]
+    with _replacing:
+        try:
+            for stats, _, after in changes:
+                stats._state = after
+        except BaseException:
+            for stats, before, _ in changes:
+                stats._state = before
+            raise
+
+
 class RunningStats:
     """Running mean and variance of each feature: mutable, thread-safe, shared freely.
 
@@ -525,6 +538,11 @@ class RunningStats:
             return merged._replace(num_skipped=merged.num_skipped + theirs.num_skipped)
 
         self._replace(joined)
+
+    def taken_from(self, exact: "RunningStats") -> _State:
+        """Return the state that a cumulative one is for this."""
+        state = exact.to(self._state.mean)._state
+        return state if self._update_rate is None else state._replace(m2=None)
 
     def reset(self) -> None:
         """Forget everything: mean 0, variance 1, counts 0."""

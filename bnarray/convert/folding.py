@@ -1,4 +1,4 @@
-"""To and from other forms of a layer."""
+"""A layer, folded into what comes before it."""
 
 import operator
 

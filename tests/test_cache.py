@@ -135,13 +135,14 @@ def test_a_full_disk(tmp_path: Path) -> None:
 def test_every_compiled_function_has_a_name_of_its_own() -> None:
     """Numba's symbols are made of names and types, and know nothing of closures: where two functions share both, a
     process takes one for the other when it loads kernels that different processes compiled."""
-    from bnarray.kernels.cpu import forward, grad_input, grad_sums, handover, moments, normalize
+    from bnarray.kernels.cpu import backward, forward, grad_input, grad_sums, handover, moments, normalize
 
     for dtype in (np.float32, np.float64):
         for is_columns in (False, True):
             kernels = [forward.kernel(dtype, is_columns)]
             for flag in (False, True):
                 kernels += moments.kernel(dtype, is_columns, flag), normalize.kernel(dtype, is_columns, flag)
+                kernels.append(backward.kernel(dtype, is_columns, int(flag)))
             for gate in range(3):
                 kernels.append(grad_sums.kernel(dtype, is_columns, gate))
                 kernels += [grad_input.kernel(dtype, is_columns, gate, statistics) for statistics in range(3)]
@@ -188,7 +189,7 @@ def test_bits_do_not_depend_on_what_was_compiled_when(tmp_path: Path, run_python
     """Kernels of one source, some from disk and some compiled anew, agree: no sum is left to the compiler's choice."""
     home = str(tmp_path / "cache")
     expected = run_python(BITS, BNARRAY_CACHE_DIR=home)
-    for name in ("forward_rows_float64", "moments_rows_float64", "grad_sums_0_rows_float64"):
+    for name in ("forward_rows_float64", "moments_rows_float64", "backward_0_rows_float64"):
         (kernel,) = (tmp_path / "cache").glob(f"*/{name}")
         kernel.unlink()
         assert run_python(BITS, BNARRAY_CACHE_DIR=home) == expected

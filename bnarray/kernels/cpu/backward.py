@@ -22,7 +22,7 @@ from bnarray.kernels.cpu.coefficients import (
     invstd_of,
     of_features,
 )
-from bnarray.kernels.cpu.compiled import Kernel, counter, index, indices, machinery, results, scratch, table
+from bnarray.kernels.cpu.compiled import Kernel, counter, index, indices, machinery, named, results, scratch, table
 from bnarray.kernels.cpu.gate import OPEN, gate_columns, gate_rows
 from bnarray.kernels.cpu.grad_input import batch_columns, batch_rows, fill_slopes
 from bnarray.kernels.cpu.grad_sums import add_columns, add_rows
@@ -46,11 +46,11 @@ from bnarray.kernels.cpu.walk import (
 # Operands 1, 2, 3 of the axes are x, dy and dx.
 
 
+@cache
 def _passing(gate, is_columns):
     """A function that loads the tiles of x and of what passes the gate."""
     pass_gate = gate_columns if is_columns else gate_rows
 
-    @machinery
     def load_both(x, dy, kind, dy_kind, axes, place, rows, columns, like, of, values, gradients, gated):
         x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
         dz_tile = load(address_of(dy, axes, 2, place), steps_of(axes, 2), rows, columns, dy_kind, gradients)
@@ -59,7 +59,7 @@ def _passing(gate, is_columns):
             dz_tile = tile_of(gated, columns)
         return x_tile, dz_tile
 
-    return load_both
+    return machinery(named(f"load_both_{gate}_{is_columns}", load_both))
 
 
 def _rows(dtype, gate):

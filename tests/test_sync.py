@@ -3,6 +3,10 @@
 `Threads` is a group inside one process, for breadth; the same promises are then held against MPI and gloo.
 """
 
+import os
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +19,7 @@ import pytest
 
 import bnarray as bn
 from tests.cases import DTYPES, OPTIONS, Options, draw
-from tests.libraries import library
+from tests.libraries import library, opened
 
 ROOT = Path(__file__).parents[1]
 
@@ -351,3 +355,168 @@ def test_libraries(name: str) -> None:
     np.testing.assert_allclose(np.concatenate(ys), expected_y, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(np.concatenate(dxs), expected.x, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(sum(dweights), expected.weight, rtol=1e-12, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def torch() -> Any:
+    return pytest.importorskip("torch", reason="torch is not installed: autograd through a group is not verified")
+
+
+def test_autograd(torch: Any) -> None:
+    """Eager calls on every member, with the same gradients as one process."""
+    values, residual = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 9, 4)))
+
+    def gradients(rows: slice, **keywords: Any) -> list[Any]:
+        x, added = (each[rows].clone().requires_grad_() for each in (values, residual))
+        weight, bias = torch.linspace(0.5, 2, 4, requires_grad=True), torch.zeros(4, requires_grad=True)
+        y = bn.batch_norm(x, weight, bias, residual=added, activation="relu", **keywords)
+        return [y, *torch.autograd.grad((y**3).sum(), (x, added, weight, bias))]
+
+    shards = [slice(0, 3), slice(3, 3), slice(3, 9)]
+    results = _returned(together(3, lambda group: gradients(shards[group.rank], group=group)))
+    for i, expected in enumerate(gradients(slice(None))):
+        parts = [each[i] for each in results]
+        found = torch.cat(parts) if i < 3 else sum(parts)
+        torch.testing.assert_close(found, expected, rtol=1e-11 if i < 3 else 1e-5, atol=1e-11 if i < 3 else 1e-5)
+
+
+def test_a_parameter_alone_requires_grad(torch: Any) -> None:
+    """The first layer's x has no gradient; nobody waits for the sums of its backward pass."""
+    values = torch.from_numpy(np.random.default_rng(0).normal(size=(8, 2)))
+
+    def member(group: Threads) -> Any:
+        weight = torch.ones(2, requires_grad=True)
+        own = values[:3] if group.rank == 0 else values[3:]
+        (bn.batch_norm(own, weight, group=group) ** 3).sum().backward()
+        return weight.grad
+
+    weight = torch.ones(2, requires_grad=True)
+    (bn.batch_norm(values, weight) ** 3).sum().backward()
+    torch.testing.assert_close(sum(_returned(together(2, member))), weight.grad)
+
+
+def test_autograd_follows_all_or_none(torch: Any) -> None:
+    def member(group: Threads) -> Any:
+        return bn.batch_norm(torch.ones(4, 3, requires_grad=group.rank == 0), group=group)
+
+    for error in together(2, member):
+        assert isinstance(error, ValueError)
+        assert "whether autograd follows the call" in str(error)
+
+
+def test_what_torch_cannot_follow(torch: Any) -> None:
+    def second_order(group: Threads) -> Any:
+        x = torch.arange(6.0).reshape(3, 2).requires_grad_()
+        return torch.autograd.grad((bn.batch_norm(x, group=group) ** 3).sum(), x, create_graph=True)
+
+    def mapped(group: Threads) -> Any:
+        return torch.func.vmap(lambda x: bn.batch_norm(x, group=group))(torch.ones(2, 4, 3))
+
+    def moments(group: Threads) -> Any:
+        return bn.moments(torch.ones(4, 3, requires_grad=True), group=group)
+
+    for function, message in (
+        (second_order, "create_graph"),
+        (mapped, "torch.compiler.disable"),
+        (moments, r"x.detach\(\)"),
+    ):
+        for error in together(2, function):
+            assert isinstance(error, NotImplementedError)
+            assert re.search(message, str(error))
+
+
+@pytest.mark.parametrize("name", ["jax", "dask", "autograd"])
+def test_libraries_that_are_refused(name: str) -> None:
+    """On every member, and with a word about the way out; statistics alone likewise."""
+    with opened(name) as (each,):
+        x = each.make(np.ones((4, 3)))
+        for call in (bn.batch_norm, bn.moments):
+            for error in together(2, lambda group, call=call: call(x, group=group)):
+                assert isinstance(error, NotImplementedError)
+                assert "pass arrays of NumPy" in str(error)
+
+
+# -- Processes ---------------------------------------------------------------------------------------------------------
+
+_MPIEXEC = Path(sys.executable).with_name("mpiexec")
+
+
+def _run_all(commands: list[list[str]]) -> list[tuple[int, str]]:
+    """Run commands at once; return how each ended and what it said."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=environment, cwd=ROOT,
+        )
+        for command in commands
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.terminate()
+    return [(process.returncode, each) for process, each in zip(processes, said, strict=True)]
+
+
+def _mpi(size: int, *arguments: str) -> tuple[int, str]:
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed: groups over MPI are not verified")
+    if not _MPIEXEC.exists():
+        pytest.skip("there is no mpiexec beside this Python: groups over MPI are not verified")
+    command = [str(_MPIEXEC), "-n", str(size), sys.executable, "-W", "error", "-m", "mpi4py", *arguments]
+    (result,) = _run_all([command])
+    return result
+
+
+def _gloo(size: int, what: str, place: Path, seconds: int = 60) -> list[tuple[int, str]]:
+    pytest.importorskip("torch.distributed", reason="torch is not installed: groups over gloo are not verified")
+    member = [sys.executable, "-W", "error", "-m", "tests.member", what, "gloo", str(place / "store")]
+    return _run_all([[*member, str(rank), str(size), str(seconds)] for rank in range(size)])
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_mpi(size: int) -> None:
+    code, said = _mpi(size, "-m", "tests.member", "all", "mpi")
+    assert code == 0, said
+    assert all(f"all {rank}" in said for rank in range(size))
+
+
+def test_autograd_over_mpi(torch: Any) -> None:
+    code, said = _mpi(2, "-m", "tests.member", "torch", "mpi")
+    assert code == 0, said
+
+
+def test_mpi_ends_when_a_member_does() -> None:
+    code, said = _mpi(2, "-m", "tests.member", "dies", "mpi")
+    assert code != 0
+    assert "dies" not in said.split()
+
+
+@pytest.mark.parametrize("what", ["all", "torch"])
+def test_gloo(what: str, tmp_path: Path) -> None:
+    for rank, (code, said) in enumerate(_gloo(2, what, tmp_path)):
+        assert code == 0, said
+        assert f"{what} {rank}" in said
+
+
+@pytest.mark.parametrize("what", ["dies", "sleeps"])
+def test_gloo_raises_when_a_member_does_not_come(what: str, tmp_path: Path) -> None:
+    """At once where it is dead, else after the group's timeout."""
+    (code, said), _ = _gloo(2, what, tmp_path, seconds=3)
+    assert code != 0
+    assert "Error" in said
+
+
+def test_the_training_loop_of_the_documentation(tmp_path: Path) -> None:
+    """Two processes reach the losses of one."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/processes.md").read_text(encoding="utf-8"), re.DOTALL)
+    loop = tmp_path / "loop.py"
+    loop.write_text(blocks[-1], encoding="utf-8")
+    losses = []
+    for size in (1, 2):
+        code, said = _mpi(size, str(loop))
+        assert code == 0, said
+        losses.append([float(line) for line in said.split()])
+    assert len(losses[0]) == 3
+    assert losses[0][2] < losses[0][0] / 50
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)

@@ -238,6 +238,8 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
         d\mathrm{weight} = \sum dy \, \hat x, \quad d\mathrm{bias} = \sum dy
 
     The statistics' own dependence on x is in it (Ioffe and Szegedy 2015, section 3); in evaluation they are constants.
+    After a forward pass in a group all its members make this call too: the sums in dx are then over all of them, and
+    the gradients of weight and bias each member's own part.
 
     Parameters
     ----------
@@ -258,6 +260,8 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
     ------
     TypeError, ValueError
         If dy or out do not fit what was saved. Nothing is written then.
+    RuntimeError
+        If another member of the group raised.
 
     Examples
     --------

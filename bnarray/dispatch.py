@@ -24,7 +24,7 @@ VERBS = (
     *("check", "check_where", "check_out", "overlap", "device"),
     *("empty_like", "zeros", "copy", "guide", "widen", "cast", "parameter_dtype", "freeze", "to_numpy", "convert"),
     *("cleared", "vector", "of_vector", "is_traced", "is_symbolic", "traced_statistic"),
-    *("traced_forward", "traced_backward", "traced_moments"),
+    *("joins", "traced_forward", "traced_backward", "traced_moments"),
     *("moments", "normalize", "forward", "grad_sums", "grad_input", "backward"),
     *("along", "merge", "variance", "sum_of_squares", "only_above", "invstd"),
     *("prepare", "current", "update_stats", "is_finite", "lowest", "number", "refusal", "choose"),

@@ -2,13 +2,41 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from math import isfinite
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from bnarray import steps
 from bnarray.dispatch import Array, Transform, Verbs, backend, backend_with, wrapping
 from bnarray.layout import features_shape, kept_axes
 from bnarray.stats import Moments, RunningStats, checked_number, explains_momentum, is_number
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _joins(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Make an `Exchange` of the keyword `group`, before anything can fail that the other members should hear of.
+
+    There is none in evaluation, where nothing depends on the others.
+    """
+
+    @wraps(function)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        group = kwargs.get("group")
+        if group is None:
+            return function(*args, **kwargs)
+        from bnarray import sync  # which needs NumPy
+
+        members = sync.members(group)
+        if not kwargs.get("training", True):
+            kwargs["group"] = None
+            return function(*args, **kwargs)
+        with sync.Exchange(members, function.__name__) as exchange:
+            kwargs["group"] = exchange
+            return function(*args, **kwargs)
+
+    return wrapper
 
 
 class Gradients(NamedTuple):
@@ -43,6 +71,7 @@ class Saved:
     weight_dtype: Any
     bias_dtype: Any
     has_residual: bool
+    exchange: Any = None  # with the members of a group
 
     @property
     def moments(self) -> Moments | None:
@@ -52,6 +81,7 @@ class Saved:
         return _as_moments(backend(self.x), self.x, self.transform.count, self.transform.mean, self.transform.m2)
 
 
+@_joins
 @explains_momentum
 def batch_norm(
     x: Array,
@@ -98,7 +128,8 @@ def batch_norm(
     residual
         Array like x, added before the activation.
     group
-        Reserved for a communicator of several processes; not available yet.
+        The processes whose arrays are one batch: a communicator of mpi4py or torch.distributed, or an object with
+        ``rank``, ``size`` and ``allgather(array)``. All its members make the call, one with an empty array too.
     out
         Array to write into, and what is returned. ``out=x`` and ``out=residual`` are allowed.
 
@@ -112,7 +143,12 @@ def batch_norm(
     TypeError
         If an argument is of the wrong kind: integers, lists, masked arrays, mixed libraries.
     ValueError
-        If a value or shape is wrong. A call that raises has changed nothing.
+        If a value or shape is wrong, or the members of the group differ in what they should agree in. A call that
+        raises has changed nothing.
+    RuntimeError
+        If another member of the group raised.
+    NotImplementedError
+        If a library that compiles or differentiates the call cannot follow it to the group.
 
     See Also
     --------
@@ -127,10 +163,11 @@ def batch_norm(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
-    call = _checked(x, weight, bias, stats, training, axis, eps, where, activation, residual, group, out)
-    return _forward(call)[0]
+    call = _checked(x, weight, bias, stats, training, axis, eps, where, activation, residual, out)
+    return _forward(call, group)[0]
 
 
+@_joins
 @explains_momentum
 def batch_norm_forward(
     x: Array,
@@ -170,7 +207,7 @@ def batch_norm_forward(
     >>> saved.moments.mean
     array([2.])
     """
-    call = _checked(x, weight, bias, stats, training, axis, eps, where, activation, residual, group, out)
+    call = _checked(x, weight, bias, stats, training, axis, eps, where, activation, residual, out)
     verbs = call.verbs
     # What is overwritten but needed again: x always, the residual for the sign of what ReLU saw.
     kept_x = verbs.copy(call.x) if call.overwrites(call.x) else call.x
@@ -179,7 +216,7 @@ def batch_norm_forward(
         kept_residual = kept_x if residual is x else verbs.copy(kept_residual)
     overwritten = kept_x is not call.x or (kept_residual is not None and kept_residual is not call.residual)
     guide = verbs.guide(call.x, call.x if kept_residual is None else call.residual) if overwritten else None
-    y, transform = _forward(call)
+    y, transform = _forward(call, group)
     return y, Saved(
         x=kept_x,
         transform=transform._replace(residual=kept_residual, guide=guide),
@@ -188,6 +225,7 @@ def batch_norm_forward(
         weight_dtype=None if weight is None else weight.dtype,
         bias_dtype=None if bias is None else bias.dtype,
         has_residual=residual is not None,
+        exchange=group,
     )
 
 
@@ -200,6 +238,8 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
         d\mathrm{weight} = \sum dy \, \hat x, \quad d\mathrm{bias} = \sum dy
 
     The statistics' own dependence on x is in it (Ioffe and Szegedy 2015, section 3); in evaluation they are constants.
+    After a forward pass in a group all its members make this call too: the sums in dx are then over all of them, and
+    the gradients of weight and bias each member's own part.
 
     Parameters
     ----------
@@ -220,6 +260,8 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
     ------
     TypeError, ValueError
         If dy or out do not fit what was saved. Nothing is written then.
+    RuntimeError
+        If another member of the group raised.
 
     Examples
     --------
@@ -233,6 +275,15 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved is a {type(saved).__name__}; it should be what batch_norm_forward returned with y")
+    if saved.exchange is None:
+        return _backward(dy, saved, out, None)
+    with saved.exchange.of_backward() as exchange:
+        return _backward(dy, saved, out, exchange)
+
+
+def _backward(
+    dy: Array, saved: Saved, out: Array | None, exchange: steps.Exchange | None
+) -> Gradients | ResidualGradients:
     x, transform = saved.x, saved.transform
     verbs = wrapping(backend(x), transform.mean, transform.m2, transform.weight, transform.bias)
     verbs = backend_with(verbs, "x", x, "dy", dy)
@@ -251,9 +302,9 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
         if out is not None and verbs.overlap(out, dresidual):
             dresidual = verbs.copy(dresidual)
     if verbs.is_traced(x, dy, transform.weight, transform.bias, transform.residual):
-        gradients = verbs.traced_backward(dy, x, transform, saved.where, saved.is_constant)
+        gradients = verbs.traced_backward(dy, x, transform, saved.where, saved.is_constant, *_if_given(exchange))
     else:
-        gradients = steps.backward(verbs, dy, x, transform, saved.where, saved.is_constant, out)
+        gradients = steps.backward(verbs, dy, x, transform, saved.where, saved.is_constant, out, exchange)
     dx, dweight, dbias, dz = gradients
     dweight = None if transform.weight is None else verbs.of_vector(dweight, x, saved.weight_dtype)
     dbias = None if transform.bias is None else verbs.of_vector(dbias, x, saved.bias_dtype)
@@ -262,6 +313,7 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
     return ResidualGradients(dx, dweight, dbias, dz if dresidual is None else dresidual)
 
 
+@_joins
 def moments(x: Array, *, axis: int | tuple[int, ...] = 1, where: Array | None = None, group: Any = None) -> Moments:
     """Return count, mean and sum of squared deviations of each feature.
 
@@ -293,11 +345,14 @@ def moments(x: Array, *, axis: int | tuple[int, ...] = 1, where: Array | None = 
     if where is not None:
         verbs = backend_with(verbs, "x", x, "where", where)
         where = verbs.check_where(x, where)
-    _check_group(group)
-    if verbs.is_traced(x):
+    if group is not None:
+        if verbs.joins(x):
+            raise NotImplementedError("moments over a group have no gradient with respect to x; pass x.detach()")
+        group.bind(features_shape(x.shape, kept), kept, _name(x.dtype))
+    elif verbs.is_traced(x):
         return Moments.of(*verbs.traced_moments(x, kept, where))
-    count, mean, m2 = steps.moments(verbs, x, kept, where)
-    _check_count(count, where)
+    count, mean, m2 = steps.moments(verbs, x, kept, where, group)
+    _check_count(count, where is not None or group is not None)
     return _as_moments(verbs, x, count, mean, m2)
 
 
@@ -338,7 +393,6 @@ def _checked(
     where: Array | None,
     activation: str | None,
     residual: Array | None,
-    group: Any,
     out: Array | None,
 ) -> _Call:
     verbs = backend(x)
@@ -366,7 +420,6 @@ def _checked(
             raise TypeError(f"residual has dtype {residual.dtype}; it should have x's, {x.dtype}")
         if tuple(residual.shape) != tuple(x.shape):
             raise ValueError(f"residual has shape {tuple(residual.shape)}; it should have x's, {tuple(x.shape)}")
-    _check_group(group)
     if out is not None:
         verbs = backend_with(verbs, "x", x, "out", out)
         needed = {"weight": weight, "bias": bias, "where": where}
@@ -401,14 +454,29 @@ def _check_stats(stats: RunningStats | Moments | None, training: bool, features:
         raise ValueError(f"stats has features of shape {shape}; x's have {features}")
 
 
-def _check_group(group: Any) -> None:
-    if group is not None:
-        raise NotImplementedError("group: statistics over several processes are not available yet; pass None")
+def _name(dtype: Any) -> str:
+    """A dtype's name, the same in all libraries."""
+    return str(dtype).rpartition(".")[2]
 
 
-def _check_count(count: Any, where: Array | None) -> None:
+def _if_given(exchange: steps.Exchange | None) -> tuple[steps.Exchange, ...]:
+    """An exchange for libraries that know of it; the others are not asked."""
+    return () if exchange is None else (exchange,)
+
+
+def _bind(exchange: Any, call: _Call, is_followed: bool) -> None:
+    """Say what the members of a group have to agree in."""
+    x, stats = call.x, call.stats
+    settings = (stats.update_rate, stats.correction, stats.nonfinite) if isinstance(stats, RunningStats) else None
+    exchange.bind(
+        *(features_shape(x.shape, call.kept), call.kept, _name(x.dtype), call.eps, "relu" if call.relu else None),
+        *(call.weight is not None, call.bias is not None, call.residual is not None, is_followed, settings),
+    )
+
+
+def _check_count(count: Any, is_weighted: bool) -> None:
     """Raise if a sum of weights is not finite."""
-    if where is not None and not (isfinite(count) if is_number(count) else backend(count).is_finite(count)):
+    if is_weighted and not (isfinite(count) if is_number(count) else backend(count).is_finite(count)):
         raise ValueError("where holds weights whose sum is beyond the largest number; scale them")
 
 
@@ -433,29 +501,38 @@ def _given(
     return count, convert(mean, x), convert(m2, x)
 
 
-def _forward(call: _Call) -> tuple[Array, Transform]:
+def _forward(call: _Call, exchange: Any) -> tuple[Array, Transform]:
     """Return (y, what was done to x): first what can fail, then out, then the update."""
     verbs, x, kept, weight, bias, stats, training, eps, where, relu, residual, out = call
     update = None
 
     def decide(count: Any, mean: Array, m2: Array) -> None:
         nonlocal update
-        _check_count(count, where)
+        _check_count(count, where is not None or exchange is not None)
         if isinstance(stats, RunningStats):
             update = verbs.prepare(stats, count, mean, m2)
 
-    if verbs.is_traced(x, weight, bias, residual, *_arrays(stats)):
+    arrays = x, weight, bias, residual, *_arrays(stats)
+    if exchange is None:
+        is_followed = verbs.is_traced(*arrays)
+    else:
+        is_followed = verbs.joins(*arrays)
+        _bind(exchange, call, is_followed)
+    if is_followed:
         if training and isinstance(stats, RunningStats):
             stats.check_known(not verbs.is_symbolic(x, weight, bias, residual, where))
         given = None if training else _given(verbs, verbs.traced_statistic, x, stats)
-        y, transform = verbs.traced_forward(x, weight, bias, residual, where, given, kept, eps, relu)
+        shared = _if_given(exchange)
+        y, transform = verbs.traced_forward(x, weight, bias, residual, where, given, kept, eps, relu, *shared)
         if training:
             decide(transform.count, transform.mean, transform.m2)
     else:
         given = None if training else _given(verbs, verbs.vector, x, stats)
         weight = None if weight is None else verbs.vector(weight, x, copy=True)
         bias = None if bias is None else verbs.vector(bias, x, copy=True)
-        y, transform = steps.forward(verbs, x, weight, bias, residual, where, given, kept, eps, relu, out, decide)
+        y, transform = steps.forward(
+            verbs, x, weight, bias, residual, where, given, kept, eps, relu, out, decide, exchange
+        )
     if update is not None:
         update()
     return y, transform

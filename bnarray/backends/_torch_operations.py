@@ -37,12 +37,14 @@ def _run(
     kept: tuple[int, ...],
     eps: float,
     relu: bool,
+    exchange: steps.Exchange | None = None,
 ) -> tuple[Tensor, Transform]:
     """`steps.forward`, unrecorded."""
     if given is not None:
         count, mean, m2 = given
         given = count if is_number(count) else _vector(count, x), _vector(mean, x), _vector(m2, x)
-    return steps.forward(verbs, x, _vector(weight, x), _vector(bias, x), residual, where, given, kept, eps, relu)
+    vectors = _vector(weight, x), _vector(bias, x)
+    return steps.forward(verbs, x, *vectors, residual, where, given, kept, eps, relu, exchange=exchange)
 
 
 def _formula(
@@ -83,6 +85,7 @@ class _Rest(NamedTuple):
     kept: tuple[int, ...]
     eps: float
     relu: bool
+    exchange: Any
 
 
 class _Forward(torch.autograd.Function):
@@ -99,9 +102,9 @@ class _Forward(torch.autograd.Function):
         m2: Tensor | None,
         rest: _Rest,
     ) -> tuple[Tensor, Transform]:
-        where, count, kept, eps, relu = rest
+        where, count, kept, eps, relu, exchange = rest
         given = None if mean is None else (count, mean, m2)
-        y, transform = _run(x, weight, bias, residual, where, given, kept, eps, relu)
+        y, transform = _run(x, weight, bias, residual, where, given, kept, eps, relu, exchange)
         ctx.save_for_backward(x, weight, bias, residual if relu else None, mean, m2, where)
         ctx.transform = transform._replace(residual=None)
         ctx.rest = rest._replace(where=None)
@@ -111,7 +114,10 @@ class _Forward(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Any, ...]:
         *inputs, where = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # somebody wants the derivative of what is computed here
+        if ctx.rest.exchange is not None:
+            with ctx.rest.exchange.of_backward() as exchange:
+                gradients = _by_kernels(dy, inputs, needs, where, ctx.transform, exchange)
+        elif torch.is_grad_enabled():  # somebody wants the derivative of what is computed here
             gradients = _by_formula(dy, inputs, needs, ctx.rest._replace(where=where))
         else:
             gradients = _by_kernels(dy, inputs, needs, where, ctx.transform)
@@ -125,14 +131,22 @@ _apply = super(torch.autograd.Function, _Forward).apply
 
 
 def _by_kernels(
-    dy: Tensor, inputs: Sequence[Any], needs: Sequence[bool], where: Tensor | None, transform: Transform
+    dy: Tensor,
+    inputs: Sequence[Any],
+    needs: Sequence[bool],
+    where: Tensor | None,
+    transform: Transform,
+    exchange: steps.Exchange | None = None,
 ) -> list[Any]:
+    if exchange is not None and torch.is_grad_enabled():
+        raise NotImplementedError("group: there are no derivatives of derivatives; leave out create_graph")
     x, weight, bias, residual, mean, m2 = inputs
     dy = verbs.check(dy, "dy")
     transform = transform._replace(residual=residual)
     gradients: list[Any] = [None] * 6
-    if 0 in x.shape or needs[0] or (residual is not None and needs[3]):
-        dx, sum_dz_x, sum_dz, dz = steps.backward(verbs, dy, x, transform, where, mean is not None)
+    if 0 in x.shape or needs[0] or (residual is not None and needs[3]) or exchange is not None:
+        rest = transform, where, mean is not None, None, exchange
+        dx, sum_dz_x, sum_dz, dz = steps.backward(verbs, dy, x, *rest)
         gradients[0], gradients[3] = dx, dz
     else:
         sum_dz, sum_dz_x = verbs.grad_sums(dy, x, transform)
@@ -148,7 +162,7 @@ def _by_kernels(
 
 def _by_formula(dy: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool], rest: _Rest) -> list[Any]:
     """The gradients as torch's functions of everything they depend on."""
-    where, count, kept, eps, relu = rest
+    where, count, kept, eps, relu, _ = rest
     # Views: of inputs that were computed from one another, each is to be given its own part.
     own: list[Any] = [None if each is None else each.view_as(each) for each in inputs]
     x, weight, bias, residual, mean, m2 = own
@@ -394,10 +408,11 @@ def forward(
     kept: tuple[int, ...],
     eps: float,
     relu: bool,
+    exchange: steps.Exchange | None = None,
 ) -> tuple[Tensor, Transform]:
     if not verbs.is_recorded(x):
         count, mean, m2 = given or (None, None, None)
-        return _apply(x, weight, bias, residual, mean, m2, _Rest(where, count, kept, eps, relu))  # type: ignore[no-any-return, no-untyped-call]
+        return _apply(x, weight, bias, residual, mean, m2, _Rest(where, count, kept, eps, relu, exchange))  # type: ignore[no-any-return, no-untyped-call]
     if not x.is_cpu:
         return _formula(x, weight, bias, residual, where, given, kept, eps, relu)
     count = mean = m2 = None
@@ -430,10 +445,15 @@ def moments(x: Tensor, kept: tuple[int, ...], where: Tensor | None) -> tuple[Any
 
 
 def backward(
-    dy: Tensor, x: Tensor, transform: Transform, where: Tensor | None, is_constant: bool
+    dy: Tensor,
+    x: Tensor,
+    transform: Transform,
+    where: Tensor | None,
+    is_constant: bool,
+    exchange: steps.Exchange | None = None,
 ) -> tuple[Tensor, Any, Any, Tensor | None]:
     if not verbs.is_recorded(x):
-        return _Backward.apply(dy, x, transform, where, is_constant)  # type: ignore[no-any-return, no-untyped-call]
+        return _Backward.apply(dy, x, transform, where, is_constant, None, exchange)  # type: ignore[no-any-return, no-untyped-call]
     kept, count, mean, m2, eps, weight, bias, relu, residual, _ = transform
     count = torch.full_like(mean, count) if is_number(count) else count.expand(mean.shape)
     rest = weight, bias, residual, where, count, mean, m2, list(kept), eps, relu, is_constant

@@ -225,6 +225,25 @@ def is_traced(*arrays: Array | None) -> bool:
     return False
 
 
+def joins(*arrays: Array | None) -> bool:
+    """Whether a call with a group, which takes its time and tells values, goes by `traced_forward`.
+
+    That has an `Exchange` as one argument more then, and `traced_backward` too.
+
+    Raises
+    ------
+    NotImplementedError
+        If the library follows what is done to one of the arrays, and could not follow it to other processes.
+    """
+    verbs = backend(arrays[0])
+    if verbs.is_traced(*arrays):
+        raise NotImplementedError(
+            f"group is for calls that {verbs.library} does not compile, differentiate or put off; pass arrays of NumPy "
+            f"and differentiate by batch_norm_backward, or leave out group"
+        )
+    return False
+
+
 def is_symbolic(*arrays: Count) -> bool:
     """Whether one of the arrays (or numbers) has no values yet: a program is being made of what is done to it."""
     return False

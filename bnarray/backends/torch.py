@@ -74,6 +74,18 @@ def is_traced(*arrays: Tensor | None) -> bool:
     return False
 
 
+def joins(*arrays: Tensor | None) -> bool:
+    x = arrays[0]
+    assert x is not None, "x comes first"
+    if is_recorded(x) or is_transformed():
+        raise NotImplementedError(
+            "group is for eager calls: torch.compile, torch.export and torch.func cannot follow one to other "
+            "processes; call it where they do not look, for example under torch.compiler.disable"
+        )
+    # On any device: of what comes from other processes torch's own functions would know nothing.
+    return is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arrays)
+
+
 def prepare(stats: Any, count: Count, mean: Any, m2: Any) -> Any:
     if isinstance(mean, Tensor) and not values_are_known(mean):
         return _torch_operations.prepare(stats, count, mean, m2)

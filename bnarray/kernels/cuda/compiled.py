@@ -1,0 +1,150 @@
+"""Compilation to machine code on first use, through the disk, and launching on a stream of the caller's.
+
+Numba translates a kernel to LTO-IR, which CUDA's own linker (`cuda.core`) turns into machine code for one compute
+capability: both work without a device. A launch then passes plain numbers, because arrays as arguments of Numba's own
+dispatcher cost tens of microseconds each call, and synchronise.
+
+The linker is told not to contract products and sums into fused ones: the bits of a result are those of the formula as
+it is written, whichever compiler translates it.
+"""
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, lru_cache
+from importlib import metadata
+from typing import Any
+
+from bnarray.kernels import disk  # isort: skip  # before any other kernel module: it takes the sources' digest
+import numpy as np
+
+#: Of a block, in every kernel.
+THREADS = 256
+
+_compiling = threading.RLock()
+
+
+@contextmanager
+def _row_stack() -> Iterator[None]:
+    """Lend NumPy a name that it dropped in 2.5, and that numba-cuda 0.30 asks it for."""
+    name = "row_stack"
+    is_missing = name not in vars(np)
+    if is_missing:
+        setattr(np, name, np.vstack)
+    try:
+        yield
+    finally:
+        if is_missing:
+            delattr(np, name)
+
+
+with _row_stack():
+    from numba import cuda
+    from numba.core import config
+    from numba.cuda import types
+
+#: Whether functions run in Python, on a pretended device (``NUMBA_ENABLE_CUDASIM=1``).
+IS_SIMULATED = bool(config.ENABLE_CUDASIM)
+
+# The types that kernels' arguments are made of.
+index = types.int64
+number = types.float64
+
+
+def pointer(to: Any) -> Any:
+    return types.CPointer(to)
+
+
+vector = pointer(number)
+
+
+def numbers(length: int) -> Any:
+    """A tuple of so many sizes or strides."""
+    return types.UniTuple(index, length)
+
+
+def machinery(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function one that kernels can call, and that becomes part of them."""
+    return function if IS_SIMULATED else cuda.jit(device=True, inline="always")(function)
+
+
+@cache
+def _versions() -> str:
+    return " ".join(f"{name} {metadata.version(name)}" for name in ("numba-cuda", "cuda-core", "nvidia-nvjitlink"))
+
+
+@lru_cache(maxsize=4096)
+def _config(blocks: int) -> Any:
+    from cuda.core import LaunchConfig
+
+    return LaunchConfig(grid=blocks, block=THREADS)
+
+
+class Kernel:
+    """A function with one signature, compiled (or loaded from disk) for each capability when it is first launched.
+
+    The compiler has to make room for so many blocks on a multiprocessor at a time: 64 registers a thread with 4 blocks,
+    80 with 3.
+    """
+
+    def __init__(self, name: str, signature: Any, function: Callable[..., Any], *, blocks: int = 4) -> None:
+        function.__name__ = function.__qualname__ = name
+        self.name = name
+        self.signature = signature
+        self.function = function
+        self.blocks = blocks
+        self._loaded: dict[int, Any] = {}
+
+    def compile(self, capability: tuple[int, int]) -> tuple[bytes, str]:
+        """Return the machine code and what the assembler said about it."""
+        from cuda.core import Linker, LinkerOptions, ObjectCode
+
+        with _compiling, _row_stack():
+            code, _ = cuda.compile(
+                self.function, self.signature, device=False, abi="numba", cc=capability, output="ltoir",
+                launch_bounds=(THREADS, self.blocks),
+            )  # fmt: skip
+        options = LinkerOptions(
+            arch="sm_{}{}".format(*capability), link_time_optimization=True, ptxas_options=["-v", "-fmad=false"]
+        )
+        linker = Linker(ObjectCode.from_ltoir(code), options=options)
+        return bytes(linker.link("cubin").code), linker.get_info_log()
+
+    def code(self, capability: tuple[int, int]) -> bytes:
+        """Return the machine code, from disk if it is there."""
+        target = f"sm_{capability[0]}{capability[1]} {_versions()} {THREADS}"
+        code = disk.load(self.name, target)
+        if code is None:
+            code, _ = self.compile(capability)
+            disk.save(self.name, target, code)
+        return code
+
+    def launch(self, device: int, stream: int, blocks: int, *arguments: Any) -> None:
+        """Run on a device, whose number is that of its current context, on a stream, given by its handle.
+
+        Arguments are the addresses of arrays, integers and floats; tuples of integers count as their integers.
+        """
+        from cuda.core import Stream, launch
+
+        if device not in self._loaded:
+            self._loaded[device] = self._load(device)
+        launch(Stream.from_handle(stream), _config(blocks), self._loaded[device], *flattened(arguments))
+
+    def _load(self, device: int) -> Any:
+        from cuda.core import Device, ObjectCode
+
+        capability = Device(device).compute_capability
+        code = self.code((capability.major, capability.minor))
+        (entry,) = entries(code)
+        return ObjectCode.from_cubin(code).get_kernel(entry)
+
+
+def flattened(arguments: tuple[Any, ...]) -> list[Any]:
+    """Return a kernel's parameters: Numba makes one of every number in a tuple."""
+    return [each for argument in arguments for each in (argument if isinstance(argument, tuple) else (argument,))]
+
+
+def entries(code: bytes) -> list[str]:
+    """Return the names of the kernels in machine code."""
+    return sorted({name.decode() for name in re.findall(rb"\.text\.([\w$]+)", code)})

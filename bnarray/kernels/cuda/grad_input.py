@@ -1,0 +1,134 @@
+"""The gradient of x::
+
+    dx = scale · (dz − w · (common + (x − mean) · slope))
+
+    scale = weight · invstd        common = Σ dz / n        slope = Σ dz · x̂ / n · invstd
+
+From the paper's chain rule (Ioffe and Szegedy 2015, section 3), collected. n is the count (the sum of weights) and w an
+element's weight: 1 where there are none, 0 where the statistics are constants (evaluation). Behind `grad_sums` in the
+same pass every block first adds up the chunks of its features, and the first chunk's blocks keep what comes out.
+
+Traffic: reads x and dy (and `where`; under ReLU the residual), writes dx (and dz, the residual's gradient).
+"""
+
+from functools import cache
+
+import numpy as np
+
+from bnarray.kernels.cuda.coefficients import (
+    PARAMETERS,
+    STATISTICS,
+    bias_of,
+    count_of,
+    fits_single,
+    invstd_of,
+    parts,
+    scale_of,
+    transformed,
+)
+from bnarray.kernels.cuda.compiled import THREADS, Kernel, cuda, index, machinery, numbers, types, vector
+from bnarray.kernels.cuda.exact import is_middling
+from bnarray.kernels.cuda.gate import OPEN, RELU_ONTO
+from bnarray.kernels.cuda.grad_sums import adding
+from bnarray.kernels.cuda.memory import BOOL, FLOAT64, NAMES, POINTERS, loader, storer
+from bnarray.kernels.cuda.walk import grid, place, walk
+
+#: What the statistics were to the elements: constants; their own mean; their weighted mean.
+CONSTANT, BATCH, WEIGHTED = range(3)
+
+
+@cache
+def _loop(kind, dy_kind, where_kind, gate, statistics, shape, real):
+    """Make the loop over a thread's part of a chunk."""
+    begin, at, onward = walk(shape)
+    load, load_dy, load_weight = loader(kind, real), loader(dy_kind, real), loader(where_kind, real)
+    store, split = storer(kind), parts(real)
+    zero = real(0)
+    reads_x = statistics != CONSTANT or gate != OPEN
+
+    @machinery
+    def write(
+        x, dy, dx, where, residual, dresidual, x_start, dy_start, dx_start, w_start, r_start, dr_start,
+        mean, factor, term, mean_dz, steep, part,
+        chunk, positions, rows, places, sizes, x_steps, dy_steps, dx_steps, w_steps, r_steps, dr_steps,
+    ):  # fmt: skip
+        center, low, rest = split(mean)
+        scale, bias, common, slope = real(factor), real(term), real(mean_dz), real(steep)
+        times, row, spot = begin(part, chunk, positions, sizes)
+        for _ in range(times):
+            dz = load_dy(dy, dy_start + at(row, spot, sizes, dy_steps))
+            value = load(x, x_start + at(row, spot, sizes, x_steps)) if reads_x else zero
+            if gate != OPEN:
+                z = transformed(value, center, low, rest, scale, bias)
+                if gate == RELU_ONTO:
+                    z = z + load(residual, r_start + at(row, spot, sizes, r_steps))
+                dz = zero if z <= zero else dz
+                if gate == RELU_ONTO:
+                    store(dresidual, dr_start + at(row, spot, sizes, dr_steps), dz)
+            slopes = dz
+            if statistics == BATCH:
+                slopes = (dz - common) - (((value - center) - low) - rest) * slope
+            elif statistics == WEIGHTED:
+                w = load_weight(where, w_start + at(row, spot, sizes, w_steps))
+                if w != zero:
+                    slopes = dz - w * (common + (((value - center) - low) - rest) * slope)
+            store(dx, dx_start + at(row, spot, sizes, dx_steps), scale * slopes)
+            row, spot = onward(row, spot, rows, places, sizes)
+
+    return write
+
+
+@cache
+def kernel(kind, dy_kind, where_kind, gate, statistics, adds, shape):
+    """Make the kernel that writes dx; it `adds` up chunks' sums and writes these, or is given Σ dz and Σ dz · x̂."""
+    feature, start_of = place(shape)
+    added = adding(shape)
+    case = kind, dy_kind, BOOL if where_kind is None else where_kind, gate, statistics, shape
+    single, double = _loop(*case, np.float32), _loop(*case, np.float64)
+    may_be_single = kind != FLOAT64 and dy_kind != FLOAT64 and statistics != WEIGHTED
+    across, uses_sums = shape.across, statistics != CONSTANT
+
+    def grad_input(
+        chunk, chunks, positions, features, rows, places, sizes, x, x_steps, dy, dy_steps, dx, dx_steps, where, w_steps,
+        residual, r_steps, dresidual, dr_steps, partials, partial_chunks, sum_dz, sum_dz_x,
+        count, has_counts, counts, mean, m2, eps, has_weight, weight, has_bias, bias,
+    ):  # fmt: skip
+        c, part, writes = feature(chunks, features)
+        n = count_of(count, has_counts, counts, c)
+        invstd = invstd_of(n, m2[c], eps)
+        plain, sloped = np.float64(0), np.float64(0)
+        if adds:
+            room = cuda.shared.array(THREADS, types.float64)
+            plain, sloped = added(partials, partial_chunks, features, c, invstd, room)
+            if writes and part == 0 and cuda.threadIdx.x < across:
+                sum_dz[c], sum_dz_x[c] = plain, sloped
+        elif uses_sums:
+            plain, sloped = sum_dz[c], sum_dz_x[c]
+        if not writes:
+            return
+        common = plain / n if uses_sums and n != 0.0 else 0.0
+        slope = sloped / n * invstd if uses_sums and n != 0.0 else 0.0
+        scale, term, middle = scale_of(invstd, has_weight, weight, c), bias_of(has_bias, bias, c), mean[c]
+        x_start, dy_start = start_of(c, sizes, x_steps), start_of(c, sizes, dy_steps)
+        dx_start, w_start = start_of(c, sizes, dx_steps), start_of(c, sizes, w_steps)
+        r_start, dr_start = start_of(c, sizes, r_steps), start_of(c, sizes, dr_steps)
+        fits = fits_single(middle, scale, term) and is_middling(common) and is_middling(slope)
+        if may_be_single and fits:
+            single(
+                x, dy, dx, where, residual, dresidual, x_start, dy_start, dx_start, w_start, r_start, dr_start,
+                middle, scale, term, common, slope, part,
+                chunk, positions, rows, places, sizes, x_steps, dy_steps, dx_steps, w_steps, r_steps, dr_steps,
+            )  # fmt: skip
+        else:
+            double(
+                x, dy, dx, where, residual, dresidual, x_start, dy_start, dx_start, w_start, r_start, dr_start,
+                middle, scale, term, common, slope, part,
+                chunk, positions, rows, places, sizes, x_steps, dy_steps, dx_steps, w_steps, r_steps, dr_steps,
+            )  # fmt: skip
+
+    weights = "" if where_kind is None else NAMES[where_kind]
+    name = f"grad_input_{gate}_{statistics}_{'adding_' * adds}{NAMES[kind]}_{NAMES[dy_kind]}_{weights}_{shape}"
+    kinds = kind, dy_kind, kind, BOOL if where_kind is None else where_kind, kind, kind
+    operands = [each for k in kinds for each in (POINTERS[k], numbers(shape.axes))]
+    sums = vector, index, vector, vector
+    return Kernel(name, types.void(*grid(shape), *operands, *sums, *STATISTICS, *PARAMETERS), grad_input)

@@ -1,0 +1,154 @@
+"""The two sums per feature of the backward pass, which are the gradients of bias and weight::
+
+    Σ dz        Σ dz · x̂ = invstd · Σ dz · (x − mean)
+
+dz is dy, or what of it passes ReLU. Where dz is 0 nothing is added, be x NaN: padding that no loss looks at does not
+disturb the gradients. Each chunk leaves its sums, of which those in float32 keep what they round away (`exact`); where
+float32 would overflow or underflow, the chunk is read again in float64.
+
+Traffic: reads x and dy (and, under ReLU, the residual) once, writes nothing of x's size.
+"""
+
+from functools import cache
+
+import numpy as np
+
+from bnarray.kernels.cuda.block import summation
+from bnarray.kernels.cuda.coefficients import (
+    PARAMETERS,
+    STATISTICS,
+    bias_of,
+    count_of,
+    fits_single,
+    invstd_of,
+    parts,
+    scale_of,
+    transformed,
+)
+from bnarray.kernels.cuda.compiled import THREADS, Kernel, cuda, index, machinery, numbers, types, vector
+from bnarray.kernels.cuda.exact import add, is_middling, product, whole
+from bnarray.kernels.cuda.gate import OPEN, RELU_ONTO
+from bnarray.kernels.cuda.memory import FLOAT64, NAMES, POINTERS, loader
+from bnarray.kernels.cuda.walk import grid, place, walk
+
+
+@cache
+def _loop(kind, dy_kind, gate, shape, real):
+    """Make the loop over a thread's part of a chunk: Σ dz and Σ dz · (x − mean)."""
+    begin, at, onward = walk(shape)
+    _, start_of = place(shape)
+    load, load_dy, split = loader(kind, real), loader(dy_kind, real), parts(real)
+    zero, is_single = real(0), real is np.float32
+
+    # Loops find their coefficients themselves, so that none are kept for another loop, which is rarely needed.
+    @machinery
+    def sums(
+        c, part, chunk, positions, rows, places, sizes, x, x_steps, dy, dy_steps, residual, r_steps,
+        count, has_counts, counts, mean, m2, eps, has_weight, weight, has_bias, bias,
+    ):  # fmt: skip
+        invstd = invstd_of(count_of(count, has_counts, counts, c), m2[c], eps)
+        factor, term = scale_of(invstd, has_weight, weight, c), bias_of(has_bias, bias, c)
+        fits = fits_single(mean[c], factor, term)
+        center, low, rest = split(mean[c])
+        scale, shift = real(factor), real(term)
+        x_start, dy_start = start_of(c, sizes, x_steps), start_of(c, sizes, dy_steps)
+        r_start = start_of(c, sizes, r_steps)
+        plain, plain_low, sloped, sloped_low = zero, zero, zero, zero
+        times, row, spot = begin(part, chunk, positions, sizes)
+        for _ in range(times):
+            dz = load_dy(dy, dy_start + at(row, spot, sizes, dy_steps))
+            value = load(x, x_start + at(row, spot, sizes, x_steps))
+            if gate != OPEN:
+                z = transformed(value, center, low, rest, scale, shift)
+                if gate == RELU_ONTO:
+                    z = z + load(residual, r_start + at(row, spot, sizes, r_steps))
+                dz = zero if z <= zero else dz
+            if dz != zero:
+                deviation = ((value - center) - low) - rest
+                if is_single:
+                    plain, plain_low = add(plain, plain_low, dz, zero)
+                    share, error = product(dz, deviation)
+                    sloped, sloped_low = add(sloped, sloped_low, share, error)
+                else:
+                    plain += dz
+                    sloped += dz * deviation
+            row, spot = onward(row, spot, rows, places, sizes)
+        return whole(plain, plain_low), whole(sloped, sloped_low), fits
+
+    return sums
+
+
+@cache
+def kernel(kind, dy_kind, gate, shape):
+    """Make the kernel that leaves every chunk's Σ dz and Σ dz · (x − mean)."""
+    feature, _ = place(shape)
+    total = summation(shape.across)
+    single = _loop(kind, dy_kind, gate, shape, np.float32)
+    double = _loop(kind, dy_kind, gate, shape, np.float64)
+    may_be_single, across = kind != FLOAT64 and dy_kind != FLOAT64, shape.across
+
+    def grad_sums(
+        chunk, chunks, positions, features, rows, places, sizes, x, x_steps, dy, dy_steps, residual, r_steps,
+        count, has_counts, counts, mean, m2, eps, has_weight, weight, has_bias, bias, partials,
+    ):  # fmt: skip
+        room = cuda.shared.array(THREADS, types.float64)
+        c, part, writes = feature(chunks, features)
+        is_exact = False
+        if may_be_single:
+            sum_dz, sum_dz_x, fits = single(
+                c, part, chunk, positions, rows, places, sizes, x, x_steps, dy, dy_steps, residual, r_steps,
+                count, has_counts, counts, mean, m2, eps, has_weight, weight, has_bias, bias,
+            )  # fmt: skip
+            sum_dz, sum_dz_x = total(sum_dz, room), total(sum_dz_x, room)
+            is_exact = fits and is_middling(sum_dz) and is_middling(sum_dz_x)
+            is_exact = not cuda.syncthreads_or(np.int32(not is_exact))
+        if not is_exact:
+            sum_dz, sum_dz_x, _ = double(
+                c, part, chunk, positions, rows, places, sizes, x, x_steps, dy, dy_steps, residual, r_steps,
+                count, has_counts, counts, mean, m2, eps, has_weight, weight, has_bias, bias,
+            )  # fmt: skip
+            sum_dz, sum_dz_x = total(sum_dz, room), total(sum_dz_x, room)
+        if writes and cuda.threadIdx.x < across:
+            partials[part * features + c] = sum_dz
+            partials[(chunks + part) * features + c] = sum_dz_x
+
+    name = f"grad_sums_{gate}_{NAMES[kind]}_{NAMES[dy_kind]}_{shape}"
+    steps = numbers(shape.axes)
+    operands = POINTERS[kind], steps, POINTERS[dy_kind], steps, POINTERS[kind], steps
+    return Kernel(name, types.void(*grid(shape), *operands, *STATISTICS, *PARAMETERS, vector), grad_sums, blocks=3)
+
+
+@cache
+def adding(shape):
+    """Make the function that adds up the chunks of a feature in a fixed order, and returns (Σ dz, Σ dz · x̂)."""
+    across, lines, total = shape.across, shape.lines, summation(shape.across)
+
+    @machinery
+    def add_chunks(partials, chunks, features, c, invstd, room):
+        sum_dz, sum_dz_x = np.float64(0), np.float64(0)
+        for chunk in range(cuda.threadIdx.x // across, chunks, lines):
+            sum_dz += partials[chunk * features + c]
+            sum_dz_x += partials[(chunks + chunk) * features + c]
+        sum_dz, sum_dz_x = total(sum_dz, room), total(sum_dz_x, room)
+        return sum_dz, sum_dz_x * invstd
+
+    return add_chunks
+
+
+@cache
+def add_kernel(shape):
+    """Make the kernel that adds up the chunks, and writes Σ dz and Σ dz · x̂."""
+    feature, _ = place(shape)
+    added, across = adding(shape), shape.across
+
+    def add_chunks(chunks, features, partials, count, has_counts, counts, m2, eps, sum_dz, sum_dz_x):
+        room = cuda.shared.array(THREADS, types.float64)
+        c, _, writes = feature(1, features)
+        invstd = invstd_of(count_of(count, has_counts, counts, c), m2[c], eps)
+        plain, sloped = added(partials, chunks, features, c, invstd, room)
+        if writes and cuda.threadIdx.x < across:
+            sum_dz[c], sum_dz_x[c] = plain, sloped
+
+    count, has_counts, counts, _, m2 = STATISTICS
+    signature = types.void(index, index, vector, count, has_counts, counts, m2, PARAMETERS[0], vector, vector)
+    return Kernel(f"add_grad_sums_{across}", signature, add_chunks)

@@ -1,0 +1,167 @@
+"""Mean and sum of squared deviations of every feature, in one read of x.
+
+Each chunk leaves its count, the `shift` from which its deviations were taken, and how its moments look from there::
+
+    offset = Σ (x − shift) / n        m2 = Σ (x − shift)² − (Σ (x − shift))² / n
+
+The mean is shift + offset; E[x²] − E[x]² (a shift of 0) is never formed. In float32 the shift is the chunk's first
+value, and what deviations, squares and sums round away is kept (`exact`), so that of their 48 bits no more than
+log₂ n cancel, where the first value is an outlier. In float64, under weights, and where float32 would overflow or
+underflow, the shift is the chunk's mean, found by reading it once before.
+
+Chunks are merged in float64, and instead of their means the distances of those from the first one's shift: where the
+mean is 10⁶ deviations, its own rounding, merge after merge, would show in the outputs next to 0.
+
+Traffic: reads x once (and `where`; twice in float64 or under weights, from the cache if it has room), writes nothing
+of x's size.
+"""
+
+from functools import cache
+
+import numpy as np
+
+from bnarray.kernels.cuda.block import merging, summation
+from bnarray.kernels.cuda.compiled import THREADS, Kernel, cuda, index, machinery, numbers, types, vector
+from bnarray.kernels.cuda.exact import LARGE, add, is_middling, product, two_sum, whole
+from bnarray.kernels.cuda.memory import BOOL, FLOAT64, NAMES, POINTERS, loader
+from bnarray.kernels.cuda.walk import grid, place, walk
+
+
+@machinery
+def leave(partials, chunks, features, chunk, c, count, shift, offset, m2):
+    quantity = chunks * features
+    at = chunk * features + c
+    partials[at] = count
+    partials[quantity + at] = shift
+    partials[2 * quantity + at] = offset
+    partials[3 * quantity + at] = m2 if not m2 < 0.0 else 0.0  # what rounding takes below zero; NaN stays
+
+
+@cache
+def _single(kind, shape):
+    """Make the loop in float32, over a thread's part of a chunk: Σ (x − shift), and that of squares."""
+    begin, at, onward = walk(shape)
+    load = loader(kind, np.float32)
+
+    @machinery
+    def sums(x, start, shift, part, chunk, positions, rows, places, sizes, steps):
+        drift, drift_low = np.float32(0), np.float32(0)
+        square, square_low = np.float32(0), np.float32(0)
+        times, row, spot = begin(part, chunk, positions, sizes)
+        for _ in range(times):
+            deviation, error = two_sum(load(x, start + at(row, spot, sizes, steps)), -shift)
+            drift, drift_low = add(drift, drift_low, deviation, error)
+            squared, rest = product(deviation, deviation)
+            square, square_low = add(square, square_low, squared, cuda.fma(deviation + deviation, error, rest))
+            row, spot = onward(row, spot, rows, places, sizes)
+        return whole(drift, drift_low), whole(square, square_low)
+
+    return sums
+
+
+@cache
+def _double(kind, where_kind, shape):
+    """Make the loops in float64: Σ w and Σ w · x; then, about a center, Σ w · (x − center) and that of squares.
+
+    Elements of weight 0 are not looked at, be they NaN.
+    """
+    begin, at, onward = walk(shape)
+    load, weighted = loader(kind, np.float64), where_kind is not None
+    load_weight = loader(where_kind, np.float64)
+
+    @machinery
+    def means(x, where, start, where_start, part, chunk, positions, rows, places, sizes, steps, where_steps):
+        count, total = np.float64(0), np.float64(0)
+        times, row, spot = begin(part, chunk, positions, sizes)
+        for _ in range(times):
+            w = load_weight(where, where_start + at(row, spot, sizes, where_steps)) if weighted else np.float64(1)
+            if w != 0:
+                count += w
+                total += w * load(x, start + at(row, spot, sizes, steps))
+            row, spot = onward(row, spot, rows, places, sizes)
+        return count, total
+
+    @machinery
+    def deviations(
+        x, where, start, where_start, center, part, chunk, positions, rows, places, sizes, steps, where_steps
+    ):
+        drift, square = np.float64(0), np.float64(0)
+        times, row, spot = begin(part, chunk, positions, sizes)
+        for _ in range(times):
+            w = load_weight(where, where_start + at(row, spot, sizes, where_steps)) if weighted else np.float64(1)
+            if w != 0:
+                deviation = load(x, start + at(row, spot, sizes, steps)) - center
+                drift += w * deviation
+                square += w * deviation * deviation
+            row, spot = onward(row, spot, rows, places, sizes)
+        return drift, square
+
+    return means, deviations
+
+
+@cache
+def kernel(kind, where_kind, shape):
+    """Make the kernel that leaves every chunk's (count, shift, offset, m2); `where_kind` is None without weights."""
+    feature, start_of = place(shape)
+    _, at, _ = walk(shape)
+    total = summation(shape.across)
+    sums = _single(kind, shape)
+    means, deviations = _double(kind, where_kind, shape)
+    load = loader(kind, np.float32)
+    in_single = kind != FLOAT64 and where_kind is None
+
+    def moments(chunk, chunks, positions, features, rows, places, sizes, x, steps, where, where_steps, partials):
+        room = cuda.shared.array(THREADS, types.float64)
+        c, part, writes = feature(chunks, features)
+        writes = writes and cuda.threadIdx.x < shape_across
+        start, where_start = start_of(c, sizes, steps), start_of(c, sizes, where_steps)
+        if in_single:
+            first = part * chunk
+            row = first // sizes[inner]
+            shift = load(x, start + at(row, first - row * sizes[inner], sizes, steps))
+            drift, square = sums(x, start, shift, part, chunk, positions, rows, places, sizes, steps)
+            drift, square = total(drift, room), total(square, room)
+            count = np.float64(min(chunk, positions - first))
+            is_exact = is_middling(square) and abs(drift) < LARGE and (square != 0 or drift == 0)
+            if not cuda.syncthreads_or(np.int32(not is_exact)):
+                if writes:
+                    m2 = square - drift * drift / count
+                    leave(partials, chunks, features, part, c, count, np.float64(shift), drift / count, m2)
+                return
+        count, center = means(
+            x, where, start, where_start, part, chunk, positions, rows, places, sizes, steps, where_steps
+        )
+        count, center = total(count, room), total(center, room)
+        center = center / count if count != 0 else 0.0
+        drift, square = deviations(
+            x, where, start, where_start, center, part, chunk, positions, rows, places, sizes, steps, where_steps
+        )
+        drift, square = total(drift, room), total(square, room)
+        if writes:
+            offset, m2 = (drift / count, square - drift * drift / count) if count != 0 else (0.0, 0.0)
+            leave(partials, chunks, features, part, c, count, center, offset, m2)
+
+    shape_across, inner = shape.across, shape.outer
+    name = f"moments_{NAMES[kind]}_{'' if where_kind is None else NAMES[where_kind]}_{shape}"
+    x, where, steps = POINTERS[kind], POINTERS[BOOL if where_kind is None else where_kind], numbers(shape.axes)
+    return Kernel(name, types.void(*grid(shape), x, steps, where, steps, vector), moments)
+
+
+@cache
+def merge_kernel(shape):
+    """Make the kernel that merges the chunks in order, and writes (count, mean, m2)."""
+    feature, _ = place(shape)
+    merged = merging(shape)
+    across = shape.across
+
+    def merge_chunks(chunks, features, partials, count, mean, m2):
+        counts = cuda.shared.array(THREADS, types.float64)
+        offsets = cuda.shared.array(THREADS, types.float64)
+        squares = cuda.shared.array(THREADS, types.float64)
+        c, _, writes = feature(1, features)
+        n, middle, spread = merged(partials, chunks, features, c, counts, offsets, squares)
+        if writes and cuda.threadIdx.x < across:
+            count[c], mean[c], m2[c] = n, middle, spread
+
+    signature = types.void(index, index, vector, vector, vector, vector)
+    return Kernel(f"merge_moments_{across}", signature, merge_chunks)

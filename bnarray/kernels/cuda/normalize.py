@@ -1,0 +1,105 @@
+"""Normalise, scale, shift, add the residual, apply ReLU::
+
+    z = (x − mean) · scale + bias        y = relu(z + residual)        scale = weight / √(var + eps)
+
+The mean is subtracted in parts (`coefficients`), so that float32 needs no float64. It is never x · a + b with
+b = bias − mean · a: that cancels. Behind `moments` in the same pass every block first merges the chunks of its
+features, and the first chunk's blocks keep what comes out.
+
+Traffic: reads x (and the residual) once, writes y once.
+"""
+
+from functools import cache
+
+import numpy as np
+
+from bnarray.kernels.cuda.block import merging
+from bnarray.kernels.cuda.coefficients import (
+    PARAMETERS,
+    STATISTICS,
+    bias_of,
+    count_of,
+    fits_single,
+    invstd_of,
+    parts,
+    scale_of,
+    transformed,
+)
+from bnarray.kernels.cuda.compiled import THREADS, Kernel, cuda, index, machinery, numbers, types, vector
+from bnarray.kernels.cuda.memory import FLOAT64, NAMES, POINTERS, loader, storer
+from bnarray.kernels.cuda.walk import grid, place, walk
+
+
+@cache
+def _loop(kind, onto, shape, real):
+    """Make the loop over a thread's part of a chunk."""
+    begin, at, onward = walk(shape)
+    load, store, split = loader(kind, real), storer(kind), parts(real)
+    lowest, zero = real(-np.inf), real(0)
+
+    @machinery
+    def write(
+        x, y, residual, x_start, y_start, r_start, mean, factor, term, relu,
+        part, chunk, positions, rows, places, sizes, x_steps, y_steps, r_steps,
+    ):  # fmt: skip
+        center, low, rest = split(mean)
+        scale, bias = real(factor), real(term)
+        floor = zero if relu else lowest
+        times, row, spot = begin(part, chunk, positions, sizes)
+        for _ in range(times):
+            value = load(x, x_start + at(row, spot, sizes, x_steps))
+            z = transformed(value, center, low, rest, scale, bias)
+            if onto:
+                z = z + load(residual, r_start + at(row, spot, sizes, r_steps))
+            store(y, y_start + at(row, spot, sizes, y_steps), floor if z < floor else z)
+            row, spot = onward(row, spot, rows, places, sizes)
+
+    return write
+
+
+@cache
+def kernel(kind, onto, merges, shape):
+    """Make the kernel that writes y; `onto` a residual or not; `merges` chunks' moments, or is given (count, mean, m2).
+
+    If it merges, it writes count, mean and m2.
+    """
+    feature, start_of = place(shape)
+    merged = merging(shape)
+    single, double = _loop(kind, onto, shape, np.float32), _loop(kind, onto, shape, np.float64)
+    may_be_single, across = kind != FLOAT64, shape.across
+
+    def normalize(
+        chunk, chunks, positions, features, rows, places, sizes, x, x_steps, y, y_steps, residual, r_steps, relu,
+        partials, partial_chunks, count, has_counts, counts, mean, m2, eps, has_weight, weight, has_bias, bias,
+    ):  # fmt: skip
+        c, part, writes = feature(chunks, features)
+        if merges:
+            ns = cuda.shared.array(THREADS, types.float64)
+            offsets = cuda.shared.array(THREADS, types.float64)
+            squares = cuda.shared.array(THREADS, types.float64)
+            n, middle, spread = merged(partials, partial_chunks, features, c, ns, offsets, squares)
+            if writes and part == 0 and cuda.threadIdx.x < across:
+                counts[c], mean[c], m2[c] = n, middle, spread
+        else:
+            n, middle, spread = count_of(count, has_counts, counts, c), mean[c], m2[c]
+        if not writes:
+            return
+        scale = scale_of(invstd_of(n, spread, eps), has_weight, weight, c)
+        term = bias_of(has_bias, bias, c)
+        x_start, y_start = start_of(c, sizes, x_steps), start_of(c, sizes, y_steps)
+        r_start = start_of(c, sizes, r_steps)
+        if may_be_single and fits_single(middle, scale, term):
+            single(
+                x, y, residual, x_start, y_start, r_start, middle, scale, term, relu,
+                part, chunk, positions, rows, places, sizes, x_steps, y_steps, r_steps,
+            )  # fmt: skip
+        else:
+            double(
+                x, y, residual, x_start, y_start, r_start, middle, scale, term, relu,
+                part, chunk, positions, rows, places, sizes, x_steps, y_steps, r_steps,
+            )  # fmt: skip
+
+    name = f"normalize_{NAMES[kind]}_{'onto_' * onto}{'merging_' * merges}{shape}"
+    operand = POINTERS[kind], numbers(shape.axes)
+    signature = (*grid(shape), *operand * 3, index, vector, index, *STATISTICS, *PARAMETERS)
+    return Kernel(name, types.void(*signature), normalize)

@@ -1,0 +1,125 @@
+"""Which elements a thread works on.
+
+The threads of a block are `across` features × lines. Where memory runs along the features (channels last, (N, C)) they
+lie side by side, up to 32 to a line; else all threads of a block share one feature. The positions of a feature (its
+elements in the order of memory) are cut into chunks; block b has chunk b % chunks of the b // chunks-th features, of
+which each line takes every so-many-th position.
+
+A position is a row, the index over the outer axes, and a place along the inner one. Arguments `sizes` and `steps` (the
+elements between neighbours, for each operand) go over the outer axes, the inner one, and the feature axes. Indices have
+64 bits. Going on to the next position divides only where there are two outer axes or more.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from bnarray.kernels.cuda.compiled import THREADS, cuda, index, machinery, numbers
+
+
+class Shape(NamedTuple):
+    """What of an array's layout is compiled in."""
+
+    across: int
+    outer: int  # axes
+    features: int  # axes
+
+    @property
+    def axes(self) -> int:
+        return self.outer + 1 + self.features
+
+    @property
+    def lines(self) -> int:
+        return THREADS // self.across
+
+    def __str__(self) -> str:
+        return f"{self.across}_{self.outer}_{self.features}"
+
+
+#: What every kernel takes first: positions of a chunk, chunks, positions, features; what a step to the next position
+#: of a line is, in rows and places; then sizes.
+GRID = (index, index, index, index, index, index)
+
+
+def grid(shape):
+    return *GRID, numbers(shape.axes)
+
+
+@cache
+def _offset(first, last):
+    """Make the function from an index over some axes to the elements before it."""
+    if first == last:
+
+        @machinery
+        def offset(i, sizes, steps):
+            return i * steps[last]
+
+        return offset
+
+    slower = _offset(first, last - 1)
+
+    @machinery
+    def offset_of_many(i, sizes, steps):
+        rest = i // sizes[last]
+        return slower(rest, sizes, steps) + (i - rest * sizes[last]) * steps[last]
+
+    return offset_of_many
+
+
+@cache
+def place(shape):
+    """Make the functions that tell a thread its feature and chunk, and the elements before a feature's first one.
+
+    Lanes beyond the last feature go along with it, and are told to write nothing.
+    """
+    across = shape.across
+    of_feature = _offset(shape.outer + 1, shape.axes - 1)
+
+    @machinery
+    def feature(chunks, features):
+        block = np.int64(cuda.blockIdx.x)
+        tile = block // chunks
+        c = tile * across + np.int64(cuda.threadIdx.x) % across
+        return min(c, features - 1), block - tile * chunks, c < features
+
+    @machinery
+    def start(c, sizes, steps):
+        return of_feature(c, sizes, steps)
+
+    return feature, start
+
+
+@cache
+def walk(shape):
+    """Make the functions that lead a thread through its part of a chunk: `begin`, `at` and `onward`.
+
+    `begin` returns the number of its positions, and the row and place of the first; `at` the elements before a row and
+    place; `onward` the next row and place, as many positions on as a block has lines.
+    """
+    across, inner, lines = shape.across, shape.outer, shape.lines
+    of_row = _offset(0, shape.outer - 1)
+
+    @machinery
+    def begin(part, chunk, positions, sizes):
+        first = part * chunk
+        line = np.int64(cuda.threadIdx.x) // across
+        position = first + line
+        row = position // sizes[inner]
+        times = (min(chunk, positions - first) - line + (lines - 1)) // lines
+        return np.int32(times), row, position - row * sizes[inner]
+
+    @machinery
+    def at(row, place, sizes, steps):
+        return of_row(row, sizes, steps) + place * steps[inner]
+
+    @machinery
+    def onward(row, place, rows, places, sizes):
+        row += rows
+        place += places
+        if place >= sizes[inner]:
+            place -= sizes[inner]
+            row += 1
+        return row, place
+
+    return begin, at, onward

@@ -1,0 +1,106 @@
+"""Numbers that float32 arithmetic alone would lose, and what must not depend on how work is cut; in a simulator."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import bnarray as bn
+from bnarray.backends import _cuda
+from bnarray.testing import TOLERANCES, assert_close, reference
+
+F32 = TOLERANCES["float32"]
+
+
+@pytest.mark.parametrize("layout", ["channels first", "channels last"])
+@pytest.mark.parametrize(
+    ("mean", "deviation"), [(1e6, 1.0), (-3e4, 1e-2), (0.0, 1e30), (1e36, 1e36), (0.0, 1e-25), (7.0, 0.0)]
+)
+def test_far_and_large_numbers(simulated: object, mean: float, deviation: float, layout: str) -> None:
+    rng = np.random.default_rng(1)
+    shape, kept = ((5, 3, 40), (1,)) if layout == "channels first" else ((200, 9), (1,))
+    x, dy = (mean + deviation * rng.normal(size=shape)).astype(np.float32), rng.normal(size=shape).astype(np.float32)
+    eps = min(1e-5, deviation**2) or 1e-5
+    truth = reference(x, dy, kept, eps=eps)
+    y, saved = bn.batch_norm_forward(x, axis=kept, eps=eps)
+    assert_close(y, truth.y, truth.y_scale, F32, F32.y)
+    assert_close(bn.batch_norm_backward(dy, saved).x, truth.dx, truth.dx_scale, F32, F32.dx)
+
+
+def test_an_outlier_comes_first(simulated: object) -> None:
+    x = np.random.default_rng(2).normal(size=(1, 2, 400)).astype(np.float32)
+    x[:, :, ::100] = 1e5
+    truth = reference(x, x, (1,))
+    y, _ = bn.batch_norm_forward(x, axis=1)
+    assert_close(y, truth.y, truth.y_scale, F32, F32.y)
+
+
+@pytest.mark.parametrize("padding", [np.nan, np.inf])
+def test_padding_of_weight_0_is_not_looked_at(simulated: object, padding: float) -> None:
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(30, 4)).astype(np.float32)
+    mask = rng.random((30, 1)) < 0.7
+    padded = np.where(mask, x, np.float32(padding))
+    y, saved = bn.batch_norm_forward(padded, axis=1, where=mask)
+    clean, _ = bn.batch_norm_forward(x, axis=1, where=mask)
+    np.testing.assert_array_equal(y[mask[:, 0]], clean[mask[:, 0]])
+    dx = bn.batch_norm_backward(np.where(mask, x, np.float32(0)), saved).x
+    assert np.isfinite(dx).all()
+
+
+def test_a_nan_stays_in_its_feature(simulated: object) -> None:
+    x = np.random.default_rng(4).normal(size=(30, 4)).astype(np.float32)
+    clean, _ = bn.batch_norm_forward(x, axis=1)
+    x[3, 2] = np.nan
+    y, _ = bn.batch_norm_forward(x, axis=1)
+    assert np.isnan(y[:, 2]).all()
+    np.testing.assert_array_equal(np.delete(y, 2, 1), np.delete(clean, 2, 1))
+
+
+def test_chunks_merge_to_the_same_statistics(simulated: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = (np.random.default_rng(5).normal(size=(7, 3, 90)) + 1e4).astype(np.float32)
+    found = []
+    for chunk in (50, 10_000):
+        _cuda.plan.cache_clear()
+        monkeypatch.setattr(_cuda, "CHUNK", chunk)
+        found.append(simulated.moments(x, (1,), None))
+        assert (_cuda.plan(x.shape, (1,), (), tuple(s // 4 for s in x.strides)).chunks > 1) == (chunk == 50)
+    _cuda.plan.cache_clear()
+    (_, mean, m2), (_, other_mean, other_m2) = found
+    np.testing.assert_allclose(mean, other_mean, rtol=1e-14)
+    np.testing.assert_allclose(m2, other_m2, rtol=1e-11)
+
+
+def test_both_ways_forward_give_the_same_bits(simulated: SimpleNamespace) -> None:
+    x = np.random.default_rng(6).normal(3, 2, (6, 11, 50)).astype(np.float32)
+    count, mean, m2, _ = simulated.forward(x, (1,), 1e-5, None, None, False)
+    again = simulated.moments(x, (1,), None)
+    assert again[0] == count
+    np.testing.assert_array_equal(again[1], mean)
+    np.testing.assert_array_equal(again[2], m2)
+
+
+def test_in_place(simulated: object) -> None:
+    rng = np.random.default_rng(7)
+    x, dy = rng.normal(size=(2, 6, 3, 20)).astype(np.float32)
+    y, saved = bn.batch_norm_forward(x, axis=1, activation="relu")
+    dx = bn.batch_norm_backward(dy, saved).x
+    overwritten = dy.copy()
+    assert bn.batch_norm_backward(overwritten, saved, out=overwritten).x is overwritten
+    np.testing.assert_array_equal(overwritten, dx)
+    result = bn.batch_norm(x, axis=1, activation="relu", out=x)
+    assert result is x
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(("shape", "kept"), [((2, 1, 100, 91), (1,)), ((1100, 33), (1,))])
+def test_cut_as_on_a_device(
+    simulated: object, cut_as_on_a_device: None, shape: tuple[int, ...], kept: tuple[int, ...]
+) -> None:
+    rng = np.random.default_rng(8)
+    x, dy = rng.normal(5, 2, (2, *shape)).astype(np.float32)
+    assert _cuda.plan(x.shape, kept, (), tuple(step // 4 for step in x.strides)).chunks > 1
+    truth = reference(x, dy, kept, relu=True)
+    y, saved = bn.batch_norm_forward(x, axis=kept, activation="relu")
+    assert_close(y, truth.y, truth.y_scale, F32, F32.y)
+    assert_close(bn.batch_norm_backward(dy, saved).x, truth.dx, truth.dx_scale, F32, F32.dx)

@@ -1,0 +1,111 @@
+"""Every kind of kernel becomes machine code that keeps to its budget; this needs no GPU, and shows nothing of speed."""
+
+import os
+import re
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("numba_cuda", reason="numba-cuda is not installed; compilation for CUDA is not verified")
+if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
+    pytest.skip("Numba simulates devices here; compilation for CUDA is not verified", allow_module_level=True)
+
+from bnarray.kernels.cuda import gate, grad_input, grad_sums, memory, moments, normalize
+from bnarray.kernels.cuda.compiled import Kernel, entries
+from bnarray.kernels.cuda.walk import Shape
+
+CAPABILITIES = [(8, 0), (9, 0), (10, 0)]
+DTYPES = [memory.FLOAT16, memory.BFLOAT16, memory.FLOAT32, memory.FLOAT64]
+
+#: Channels first, channels last, and a slice whose axes do not join.
+SHAPES = [Shape(1, 1, 1), Shape(32, 1, 1), Shape(32, 2, 2)]
+
+_DISASSEMBLER = Path(sysconfig.get_paths()["purelib"]) / "nvidia/cu13/bin/nvdisasm"
+
+
+def _kernels(kind: int, shape: Shape) -> list[Kernel]:
+    """With the most operands, and with the fewest."""
+    batch, weighted = grad_input.BATCH, grad_input.WEIGHTED
+    return [
+        moments.kernel(kind, None, shape),
+        moments.kernel(kind, memory.BOOL, shape),
+        normalize.kernel(kind, False, True, shape),
+        normalize.kernel(kind, True, False, shape),
+        grad_sums.kernel(kind, kind, gate.OPEN, shape),
+        grad_sums.kernel(kind, kind, gate.RELU_ONTO, shape),
+        grad_input.kernel(kind, kind, None, gate.RELU, batch, True, shape),
+        grad_input.kernel(kind, kind, None, gate.RELU_ONTO, batch, True, shape),
+        grad_input.kernel(kind, kind, memory.FLOAT32, gate.RELU_ONTO, weighted, True, shape),
+    ]
+
+
+def _cases() -> list[Any]:
+    """Every kernel in every shape, dtypes and capabilities in turns."""
+    kernels = [
+        kernel
+        for shape, kinds in zip(SHAPES, (DTYPES[1:3], DTYPES[:1], DTYPES[3:]), strict=True)
+        for kind in kinds
+        for kernel in _kernels(kind, shape)
+    ]
+    kernels += [make(shape) for shape in SHAPES[:2] for make in (moments.merge_kernel, grad_sums.add_kernel)]
+    cases = [(kernel, CAPABILITIES[i % 3]) for i, kernel in enumerate(kernels)]
+    return [pytest.param(*case, id="{}-sm_{}{}".format(case[0].name, *case[1])) for case in cases]
+
+
+@pytest.mark.parametrize(("kernel", "capability"), _cases())
+def test_registers_are_enough(kernel: Kernel, capability: tuple[int, int]) -> None:
+    code, log = kernel.compile(capability)
+    assert len(entries(code)) == 1
+
+    def said(pattern: str) -> int:
+        (number,) = re.findall(pattern, log)
+        return int(number)
+
+    assert said(r"Used (\d+) registers") <= {4: 64, 3: 80}[kernel.blocks]
+    # With two axes more than usual to divide by, or three operands to sum, some numbers that loops do not need wait in
+    # memory.
+    most = 64 if kernel.name.endswith(str(SHAPES[2])) else 32 if kernel.name.startswith("grad_sums_2") else 0
+    assert said(r"(\d+) bytes stack frame") <= most
+    assert said(r"(\d+) bytes spill stores") <= most
+    assert said(r"(\d+) bytes spill loads") <= 2 * most
+
+
+def _loops(code: bytes, folder: Path) -> list[list[str]]:
+    """The instructions of every innermost loop: from a label to a jump back to it, with none such between."""
+    file = folder / "kernel.cubin"
+    file.write_bytes(code)
+    done = subprocess.run([_DISASSEMBLER, "-c", file], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"\s*(\.L_x_\d+):", line))}
+    jumps = [
+        (labels[match[1]], i)
+        for i, line in enumerate(lines)
+        if (match := re.search(r"BRA(?:\.\S+)? .*`\((\.L_x_\d+)\)", line)) and labels[match[1]] < i
+    ]
+    inner = [(a, b) for a, b in jumps if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in jumps)]
+    instruction = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)")
+    return [[match[1] for line in lines[a : b + 1] if (match := instruction.search(line))] for a, b in inner]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [(memory.FLOAT32, SHAPES[0]), (memory.BFLOAT16, SHAPES[1])],
+    ids=["float32 channels first", "bfloat16 channels last"],
+)
+def test_loops_over_elements_do_without_float64(kind: int, shape: Shape, tmp_path: Path) -> None:
+    if not _DISASSEMBLER.exists():
+        pytest.skip("nvidia-cuda-nvdisasm is not installed; what kernels' loops compute in is not verified")
+    for kernel in (
+        moments.kernel(kind, None, shape),
+        normalize.kernel(kind, False, True, shape),
+        grad_sums.kernel(kind, kind, gate.RELU, shape),
+        grad_input.kernel(kind, kind, None, gate.RELU, grad_input.BATCH, True, shape),
+    ):
+        loops = _loops(kernel.compile((9, 0))[0], tmp_path)
+        reading = [loop for loop in loops if any(each.startswith("LDG") for each in loop)]
+        # What is beyond float32 has loops in float64 of its own, and so have the merges.
+        single = [loop for loop in reading if not any(re.match(r"D(ADD|MUL|FMA|SETP)", each) for each in loop)]
+        assert any(re.match(r"F(ADD|MUL|FMA)", each) for loop in single for each in loop), kernel.name

@@ -125,6 +125,8 @@ class _Normalized:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+# Of every fork, once other tests have loaded it; the workers use none of it.
+@pytest.mark.filterwarnings("ignore:os.fork.* was called:RuntimeWarning")
 def test_workers_of_a_data_loader(method: str, torch: Any) -> None:
     x = np.random.default_rng(0).normal(3, 2, (24, 4)).astype(np.float32)
     stats = bn.RunningStats(4, update_rate=None)

@@ -104,6 +104,13 @@ def _stats(case: Case) -> Any:
     return stats
 
 
+def takes(library: str, case: Case) -> bool:
+    """Whether bnarray's backend for a library declares the dtype of a row."""
+    from bnarray.dispatch import backend_of
+
+    return case.dtype in backend_of(library).capabilities.dtypes
+
+
 def _tensors(case: Case) -> Any:
     import torch
 
@@ -140,7 +147,9 @@ def with_torch(case: Case, step: str) -> dict[str, Call]:
             y = forward(*leaves)
             return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)[0]
 
-        forwards = {"torch": plain, "torch.compile": torch.compile(plain), "bnarray torch": bn.batch_norm}
+        forwards = {"torch": plain, "torch.compile": torch.compile(plain)}
+        if takes("torch", case):
+            forwards["bnarray torch"] = bn.batch_norm
         return {name: differentiated(forward) for name, forward in forwards.items()}
 
     stats = _stats(case)
@@ -159,7 +168,7 @@ def with_torch(case: Case, step: str) -> dict[str, Call]:
         with torch.no_grad():
             return compiled(x)
 
-    return {"torch": eager, "torch.compile": inductor, "bnarray torch": through}
+    return {"torch": eager, "torch.compile": inductor} | ({"bnarray torch": through} if takes("torch", case) else {})
 
 
 def with_jax(case: Case, step: str) -> dict[str, Call]:
@@ -219,6 +228,8 @@ def with_jax(case: Case, step: str) -> dict[str, Call]:
         }
         arguments = x, jnp.asarray(case.mean), jnp.asarray(case.var)
     calls: dict[str, Call] = {}
+    if not takes("jax", case):
+        results.pop("bnarray jax", None)
     for name, result in results.items():
         given = (x, stats, None) if name == "bnarray jax" and step in ("training", "evaluation") else arguments
         calls[name] = _JaxCall(result, given, axis if case.channels_last else 1)

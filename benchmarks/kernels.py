@@ -18,8 +18,11 @@ from bnarray.backends import numpy as verbs
 from bnarray.dispatch import Transform
 from bnarray.kernels.cpu.pool import threads
 
-LAYOUTS = {"channels first": ((32, 64, 56, 56), (1,)), "short rows": ((32, 1024, 14, 14), (1,))} | {
-    "channels last": ((32, 56, 56, 64), (3,))
+LAYOUTS = {
+    "channels first": ((32, 64, 56, 56), (1,)),
+    "many channels first": ((8, 256, 56, 56), (1,)),  # x and dy of a feature stay in cache
+    "short rows": ((32, 1024, 14, 14), (1,)),
+    "channels last": ((32, 56, 56, 64), (3,)),
 }
 
 

@@ -313,8 +313,6 @@ def backend_with(verbs: Verbs, of: str, x: Array, name: str, array: Array | None
     They are the given ones, x's, or those of the library that wraps one of the two. `also` are names of other libraries
     whose array will do.
 
-    `also` are names of other libraries that will do.
-
     Raises
     ------
     TypeError

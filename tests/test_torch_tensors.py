@@ -354,8 +354,10 @@ def test_compiled_code_skips_what_it_cannot_refuse(compiled: Any) -> None:
     assert stats.num_updates == 1
 
 
-def test_compiled_code_whose_state_is_gone(compiled: Any) -> None:
+def test_the_key_of_a_state_that_is_gone() -> None:
+    """Compiled code knows states by their keys."""
     stats = bn.RunningStats(3)
+    assert bn.stats.state_of(stats.key) is stats
     key = stats.key
     assert stats.copy().key != key
     del stats

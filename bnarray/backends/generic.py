@@ -453,7 +453,8 @@ def number(array: Array) -> Any:
 
 
 def lowest(array: Count) -> float:
-    """Return the smallest number of an array (or the number) that is not 0; 0 if there is none, ∞ if not known yet."""
+    """Return the smallest number of an array (or the number) that is not 0; 0 if there is none; what is below
+    nothing (∞, or NaN) where the values are not known yet."""
     if isinstance(array, int | float):
         return array
     xp = array_namespace(array)

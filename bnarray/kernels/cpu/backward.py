@@ -6,7 +6,8 @@ two; in the columns family all of x at once, for one thread and small arrays. Wh
 are to be done once more.
 
 Traffic: reads x and dy once from memory and once from cache, writes dx once.
-Measured (float32, two threads of an Intel Xeon): 1.07 ms for (16, 64, 56, 56), which two kernels do in 1.34.
+Measured (`benchmarks/kernels.py`, many channels first, 25 MB of float32, two threads of an Intel Xeon): 2.78 ms, 27.7
+GB/s of it, where the two kernels take 1.91 and 1.68; NumPy's copy 30.6.
 """
 
 from functools import cache

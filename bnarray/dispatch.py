@@ -26,6 +26,7 @@ VERBS = (
     *("cleared", "vector", "of_vector", "is_traced", "is_symbolic", "traced_statistic"),
     *("joins", "traced_forward", "traced_backward", "traced_moments"),
     *("moments", "normalize", "forward", "grad_sums", "grad_input", "backward"),
+    *("signature", "signature_of_gradient", "again"),
     *("along", "merge", "variance", "sum_of_squares", "only_above", "invstd"),
     *("prepare", "current", "update_stats", "is_finite", "lowest", "number", "refusal", "choose"),
 )

@@ -9,26 +9,27 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 from bnarray import steps
 from bnarray.dispatch import Array, Transform, Verbs, backend, backend_with, wrapping
 from bnarray.layout import features_shape, kept_axes
-from bnarray.stats import Moments, RunningStats, checked_number, explains_momentum, is_number
+from bnarray.stats import Moments, RunningStats, checked_number, explained_momentum, is_number
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def _joins(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Make an `Exchange` of the keyword `group`, before anything can fail that the other members should hear of.
+def _public(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Answer the keyword `momentum`, and make an `Exchange` of `group`: both before anything else can fail.
 
-    There is none in evaluation, where nothing depends on the others.
+    There is no exchange in evaluation, where nothing depends on the other members.
     """
 
     @wraps(function)
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        group = kwargs.get("group")
-        if group is None:
+        if "momentum" in kwargs:
+            raise explained_momentum(kwargs["momentum"])
+        if kwargs.get("group") is None:
             return function(*args, **kwargs)
         from bnarray import sync  # which needs NumPy
 
-        members = sync.members(group)
+        members = sync.members(kwargs["group"])
         if not kwargs.get("training", True):
             kwargs["group"] = None
             return function(*args, **kwargs)
@@ -56,7 +57,7 @@ class ResidualGradients(NamedTuple):
     residual: Array
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Saved:
     """What the backward pass needs, and no more.
 
@@ -70,8 +71,10 @@ class Saved:
     is_constant: bool
     weight_dtype: Any
     bias_dtype: Any
-    has_residual: bool
+    has_residual: bool = False
     exchange: Any = None  # with the members of a group
+    again: Any = None  # what made the call, if one like it had been made before
+    vectors: Any = None
 
     @property
     def moments(self) -> Moments | None:
@@ -81,8 +84,7 @@ class Saved:
         return _as_moments(backend(self.x), self.x, self.transform.count, self.transform.mean, self.transform.m2)
 
 
-@_joins
-@explains_momentum
+@_public
 def batch_norm(
     x: Array,
     weight: Array | None = None,
@@ -163,12 +165,17 @@ def batch_norm(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
+    is_plain = where is None and residual is None and group is None and out is None
+    signature, again = _as_before(x, weight, bias, stats, training, axis, eps, activation, is_plain)
+    if again is not None and (done := again.forward(x, weight, bias, stats)):
+        return done[0]
     call = _checked(x, weight, bias, stats, training, axis, eps, where, activation, residual, out)
-    return _forward(call, group)[0]
+    y, _ = _forward(call, group)
+    _remember(signature, call)
+    return y
 
 
-@_joins
-@explains_momentum
+@_public
 def batch_norm_forward(
     x: Array,
     weight: Array | None = None,
@@ -207,6 +214,14 @@ def batch_norm_forward(
     >>> saved.moments.mean
     array([2.])
     """
+    is_plain = where is None and residual is None and group is None and out is None
+    signature, again = _as_before(x, weight, bias, stats, training, axis, eps, activation, is_plain)
+    if again is not None and (done := again.forward(x, weight, bias, stats)):
+        y, vectors = done
+        dtypes = again.dtypes
+        return y, Saved(
+            x, again.transform(vectors), None, not training, dtypes[0], dtypes[1], again=again, vectors=vectors
+        )
     call = _checked(x, weight, bias, stats, training, axis, eps, where, activation, residual, out)
     verbs = call.verbs
     # What is overwritten but needed again: x always, the residual for the sign of what ReLU saw.
@@ -217,6 +232,7 @@ def batch_norm_forward(
     overwritten = kept_x is not call.x or (kept_residual is not None and kept_residual is not call.residual)
     guide = verbs.guide(call.x, call.x if kept_residual is None else call.residual) if overwritten else None
     y, transform = _forward(call, group)
+    _remember(signature, call)
     return y, Saved(
         x=kept_x,
         transform=transform._replace(residual=kept_residual, guide=guide),
@@ -275,6 +291,10 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved is a {type(saved).__name__}; it should be what batch_norm_forward returned with y")
+    if saved.again is not None and out is None:
+        signature = backend(saved.x).signature_of_gradient(dy, saved.x)
+        if signature is not None and (done := saved.again.backward(dy, signature, saved.x, saved.vectors)):
+            return Gradients(*done)
     if saved.exchange is None:
         return _backward(dy, saved, out, None)
     with saved.exchange.of_backward() as exchange:
@@ -313,7 +333,7 @@ def _backward(
     return ResidualGradients(dx, dweight, dbias, dz if dresidual is None else dresidual)
 
 
-@_joins
+@_public
 def moments(x: Array, *, axis: int | tuple[int, ...] = 1, where: Array | None = None, group: Any = None) -> Moments:
     """Return count, mean and sum of squared deviations of each feature.
 
@@ -360,6 +380,47 @@ def _as_moments(verbs: Verbs, x: Array, count: Any, mean: Array, m2: Array) -> M
     if not is_number(count):
         count = verbs.of_vector(count, x)
     return Moments.of(count, verbs.of_vector(mean, x), verbs.of_vector(m2, x))
+
+
+# What makes calls with nothing but x, weight, bias and statistics once more, by their signatures. Those that are unlike
+# all before gain nothing, so that there is no use in remembering many.
+_again: dict[Any, Any] = {}
+_MOST = 1024
+
+
+def _as_before(
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    stats: RunningStats | Moments | None,
+    training: bool,
+    axis: int | tuple[int, ...],
+    eps: float,
+    activation: str | None,
+    is_plain: bool,
+) -> tuple[Any, Any]:
+    """Return the signature of a call, if it has one, and what makes such calls, if there was one before."""
+    of_stats = None
+    if type(stats) is RunningStats:
+        of_stats = stats.settings
+    elif stats is not None:
+        return None, None
+    of_arrays = backend(x).signature(x, weight, bias) if is_plain else None
+    if of_arrays is None:
+        return None, None
+    # Types too, because True is 1.
+    signature = of_arrays, of_stats, training, axis, type(axis), eps, type(eps), activation
+    try:
+        return signature, _again.get(signature)
+    except TypeError:  # no hash, so an argument of the wrong kind, of which the checks will tell
+        return None, None
+
+
+def _remember(signature: tuple[Any, ...] | None, call: "_Call") -> None:
+    if signature is not None and signature not in _again:
+        if len(_again) > _MOST:
+            _again.clear()
+        _again[signature] = call.verbs.again(call)
 
 
 class _Call(NamedTuple):
@@ -467,7 +528,7 @@ def _if_given(exchange: steps.Exchange | None) -> tuple[steps.Exchange, ...]:
 def _bind(exchange: Any, call: _Call, is_followed: bool) -> None:
     """Say what the members of a group have to agree in."""
     x, stats = call.x, call.stats
-    settings = (stats.update_rate, stats.correction, stats.nonfinite) if isinstance(stats, RunningStats) else None
+    settings = stats.settings if isinstance(stats, RunningStats) else None
     exchange.bind(
         *(features_shape(x.shape, call.kept), call.kept, _name(x.dtype), call.eps, "relu" if call.relu else None),
         *(call.weight is not None, call.bias is not None, call.residual is not None, is_followed, settings),

@@ -22,18 +22,22 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
+def explained_momentum(m: Any) -> TypeError:
+    """Return the error for a keyword that means opposite things in different libraries."""
+    complement = f"{1 - m:.12g}" if isinstance(m, int | float) else f"1 - {m}"
+    return TypeError(
+        f"momentum={m} is ambiguous; RunningStats and BatchNorm take update_rate, the weight of the new batch: "
+        f"update_rate={m} for torch's meaning, update_rate={complement} for Keras's"
+    )
+
+
 def explains_momentum(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let a function answer the keyword `momentum`, which means opposite things in different libraries."""
+    """Let a function answer the keyword `momentum`."""
 
     @wraps(function)
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if "momentum" in kwargs:
-            m = kwargs["momentum"]
-            complement = f"{1 - m:.12g}" if isinstance(m, int | float) else f"1 - {m}"
-            raise TypeError(
-                f"momentum={m} is ambiguous; RunningStats and BatchNorm take update_rate, the weight of the new batch: "
-                f"update_rate={m} for torch's meaning, update_rate={complement} for Keras's"
-            )
+            raise explained_momentum(kwargs["momentum"])
         return function(*args, **kwargs)
 
     return wrapper
@@ -323,6 +327,7 @@ class RunningStats:
 
     def register(self) -> None:
         """Take a key of its own."""
+        self.settings = self._shape, self._update_rate, self._correction, self._nonfinite
         self.key = next(_keys)
         _by_key[self.key] = self
 
@@ -372,6 +377,11 @@ class RunningStats:
     def num_skipped(self) -> int:
         return self._state.num_skipped
 
+    @property
+    def state(self) -> _State:
+        """Everything, of one and the same update."""
+        return self._state
+
     def mean_and_var(self) -> tuple[Array, Array]:
         """Return mean and variance of one and the same update."""
         state = self._state
@@ -409,7 +419,7 @@ class RunningStats:
 
     def check_known(self, known: bool) -> None:
         """Raise if an update would follow from what is not known when the call is made, but when its program runs."""
-        if not known and self not in _frozen.get():
+        if not known and not self.is_frozen():
             raise TypeError(
                 "stats would have to change while a program is being made of the call (jit, grad, vmap); take "
                 "m = bnarray.moments(x) and return stats.updated(m)"
@@ -417,7 +427,7 @@ class RunningStats:
 
     def prepare(self, count: Count, mean: Array, m2: Array) -> Callable[[], None]:
         """Decide what an update with a batch does, raise or warn if it must, and return the function that does it."""
-        if self in _frozen.get():
+        if self.is_frozen():
             return _nothing
         verbs = backend(mean)
         self.check_known(not verbs.is_symbolic(count, mean, m2))
@@ -447,6 +457,20 @@ class RunningStats:
                 if self._state is before:
                     self._state = after
                     return
+
+    def is_frozen(self) -> bool:
+        """Whether calls in this context leave the state alone."""
+        return self in _frozen.get()
+
+    def exchange(self, before: _State, count: int, mean: Array, var: Array) -> bool:
+        """Take in what a batch makes of an exponential state, unless that has changed meanwhile; return whether."""
+        total, _, _, _, num_updates, num_skipped = before
+        after = _State(total + count, mean, var, None, num_updates + 1, num_skipped)
+        with _replacing:
+            is_current = self._state is before
+            if is_current:
+                self._state = after
+        return is_current
 
     def skip(self) -> None:
         """Count a batch that is left out."""

@@ -70,7 +70,7 @@ _SUMS, _BETWEEN = 4, 2048
 NONE = np.empty(0)
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """A kernel, and where its tiles lie."""
 
     kernel: Kernel
@@ -109,7 +109,7 @@ def _step(
     vectors: int = coefficients.VECTORS,
     guide: tuple[Strides, ...] = (),
     element_wise: bool = False,
-) -> _Step:
+) -> Step:
     """Plan a kernel that holds so many tiles, and so many vectors of a number for each feature, at a time.
 
     `guide` are strides that the order follows before any operand's.
@@ -132,7 +132,7 @@ def _step(
     is_columns = tiling.family == COLUMNS
     features = prod(features_shape(shape, kept))
     numbers = tiles * depth * width + vectors * features + _SUMS * max(width, MOST) + axes.size
-    return _Step(
+    return Step(
         kernel(tile_type, is_columns, *options),
         partial(kernel, np.float64, is_columns, *options),
         features,
@@ -187,7 +187,7 @@ def _gate(transform: Transform) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _moments_step(kind: int, shape: tuple[int, ...], kept: tuple[int, ...], *strides: Strides) -> _Step:
+def _moments_step(kind: int, shape: tuple[int, ...], kept: tuple[int, ...], *strides: Strides) -> Step:
     weighted = len(strides) > 1
     return _step(
         moments.kernel, (weighted,), _tile_type(kind), shape, kept, strides, tiles=2 if weighted else 1, vectors=0
@@ -218,7 +218,7 @@ def find_moments(x: Memory, kept: tuple[int, ...], where: Memory | None) -> tupl
 @lru_cache(maxsize=4096)
 def forward_step(
     kind: int, shape: tuple[int, ...], kept: tuple[int, ...], x_strides: Strides, y_strides: Strides
-) -> _Step | None:
+) -> Step | None:
     """The plan for moments and output in one go, or None where two kernels are no slower.
 
     One go wants features that stay in a core's cache and so many that all threads have some, or a small array; and
@@ -235,7 +235,7 @@ def forward_step(
     return _joint(alone, shape, joint, prod(shape) // joint.features * _item(kind) <= CACHED)
 
 
-def _joint(alone: _Step, shape: tuple[int, ...], joint: _Step, stays: bool) -> _Step | None:
+def _joint(alone: Step, shape: tuple[int, ...], joint: Step, stays: bool) -> Step | None:
     """The plan for two passes in one go, if that is worth it and has the tiles of the first pass alone.
 
     `stays` tells whether a feature would stay in cache between the two.
@@ -271,7 +271,7 @@ def find_and_write(
 
 
 @lru_cache(maxsize=4096)
-def _normalize_step(kind: int, shape: tuple[int, ...], kept: tuple[int, ...], onto: bool, *strides: Strides) -> _Step:
+def normalize_step(kind: int, shape: tuple[int, ...], kept: tuple[int, ...], onto: bool, *strides: Strides) -> Step:
     return _step(
         normalize.kernel, (onto,), _tile_type(kind), shape, kept, strides, tiles=3 if onto else 2, element_wise=True
     )
@@ -284,7 +284,7 @@ def write_normalized(x: Memory, transform: Transform, residual: Memory | None, y
         transform = _split(transform, how)
     added = residual or x
     onto = residual is not None
-    step = _normalize_step(x.kind, x.shape, transform.kept, onto, x.strides, y.strides, added.strides)
+    step = normalize_step(x.kind, x.shape, transform.kept, onto, x.strides, y.strides, added.strides)
     in_place = y.address in (x.address, added.address)
     operands = x.address, y.address, added.address, x.kind, in_place, transform.relu
     step.run((x.owner, y.owner, added.owner), *operands, *_statistics(transform))
@@ -301,7 +301,7 @@ def grad_sums_step(
     gate: int,
     guide: tuple[Strides, ...],
     *strides: Strides,
-) -> _Step:
+) -> Step:
     return _step(grad_sums.kernel, (gate,), _tile_type(kind), shape, kept, strides, tiles=2 + gate, guide=guide)
 
 
@@ -323,10 +323,10 @@ def find_grad_sums(dy: Memory, x: Memory, transform: Transform, residual: Memory
 
 
 @lru_cache(maxsize=4096)
-def _backward_step(
+def backward_step(
     kind: int, shape: tuple[int, ...], kept: tuple[int, ...], gate: int, *strides: Strides
-) -> _Step | None:
-    """The plan for sums and gradient in one go (see `_forward_step`), or None where two kernels are no slower."""
+) -> Step | None:
+    """The plan for sums and gradient in one go (see `forward_step`), or None where two kernels are no slower."""
     x_strides, dy_strides, _ = strides
     if split(shape, kept, x_strides):
         return None
@@ -341,7 +341,7 @@ def _backward_step(
 def find_and_write_gradient(dy: Memory, x: Memory, transform: Transform, dx: Memory) -> tuple[Vector, Vector] | None:
     """Write the gradient of x to dx; return Σ dz and Σ dz · x̂. None if one go is no faster, or float32 does not do."""
     gate = _gate(transform)
-    step = _backward_step(x.kind, x.shape, transform.kept, gate, x.strides, dy.strides, dx.strides)
+    step = backward_step(x.kind, x.shape, transform.kept, gate, x.strides, dy.strides, dx.strides)
     if step is None:
         return None
     sum_dz, sum_dz_x = np.empty((2, step.features))
@@ -356,7 +356,7 @@ def find_and_write_gradient(dy: Memory, x: Memory, transform: Transform, dx: Mem
 @lru_cache(maxsize=4096)
 def grad_input_step(
     kind: int, shape: tuple[int, ...], kept: tuple[int, ...], gate: int, statistics: int, *strides: Strides
-) -> _Step:
+) -> Step:
     weighted = statistics == grad_input.WEIGHTED
     return _step(
         grad_input.kernel, (gate, statistics), np.float64 if weighted else _tile_type(kind), shape, kept, strides,

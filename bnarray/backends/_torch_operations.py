@@ -14,6 +14,7 @@ import torch
 
 from bnarray import steps
 from bnarray.backends import _torch_tensors as verbs
+from bnarray.backends._again import Training, Vectors
 from bnarray.backends.generic import plain
 from bnarray.dispatch import Transform, backend
 from bnarray.kernels.merge import NOTHING
@@ -174,6 +175,49 @@ def _by_formula(dy: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[boo
     for i, gradient in zip(wanted, found, strict=True):
         gradients[i] = gradient
     return gradients
+
+
+class _Again(torch.autograd.Function):
+    """A training call like one before (see `_again`)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: Training, stats: RunningStats | None
+    ) -> Any:
+        done = plan.forward(x, weight, bias, stats)
+        if done is not None:
+            ctx.plan, ctx.vectors = plan, done[1]
+            ctx.save_for_backward(x, weight, bias)
+        return done
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Any, ...]:
+        x, weight, bias = ctx.saved_tensors
+        inputs, needs = (x, weight, bias, None, None, None), (*ctx.needs_input_grad[:3], False, False, False)
+        transform = ctx.plan.transform(ctx.vectors)
+        if torch.is_grad_enabled():
+            rest = _Rest(None, None, transform.kept, transform.eps, transform.relu, None)
+            gradients = _by_formula(dy, inputs, needs, rest)
+        else:
+            signature = verbs.signature_of_gradient(dy, x)
+            done = None if signature is None else ctx.plan.backward(dy, signature, x, ctx.vectors)
+            gradients = done or _by_kernels(dy, inputs, needs, None, transform)
+        return *gradients[:3], None, None
+
+
+_apply_again = super(torch.autograd.Function, _Again).apply
+
+
+class Followed:
+    """Training calls of one signature that autograd records."""
+
+    def __init__(self, plan: Training) -> None:
+        self._plan = plan
+        self.dtypes, self.transform, self.backward = plan.dtypes, plan.transform, plan.backward
+
+    def forward(self, x: Tensor, weight: Any, bias: Any, stats: RunningStats | None) -> tuple[Tensor, Vectors] | None:
+        """Return y and the vectors, with `stats` updated."""
+        return _apply_again(x, weight, bias, self._plan, stats)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Moments(torch.autograd.Function):

@@ -5,6 +5,7 @@ On the CPU the kernels work on their memory; elsewhere, and under `torch.func`, 
 
 import ctypes
 import mmap
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -12,9 +13,9 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
-from bnarray.backends import _strided
+from bnarray.backends import _again, _strided
 from bnarray.backends import numpy as numpy_backend
-from bnarray.backends._strided import Memory, Vector
+from bnarray.backends._strided import WORTH_SHARING, Memory, Vector
 from bnarray.backends.generic import plain
 from bnarray.dispatch import Transform, backend
 from bnarray.kernels.cpu import memory
@@ -233,6 +234,43 @@ def _memory(x: Tensor) -> Memory:
 
 
 _kernels = _strided.Adapter(_memory, empty_like)
+
+
+def _of_memory(x: Any) -> tuple[Any, ...] | None:
+    """What plans follow from, of a tensor that is no more than memory."""
+    if type(x) not in _PLAIN or not x.is_cpu or x.layout is not torch.strided or x.is_neg() or x._is_zerotensor():
+        return None
+    return x.dtype, x.shape, x.stride()
+
+
+_NOTHING = (None,)
+
+
+def signature(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Any, ...] | None:
+    """As a verb has it, of tensors that torch need not follow."""
+    if is_recorded(x) or is_transformed() or not 0 < x.numel() < WORTH_SHARING:
+        return None
+    of_x = _of_memory(x)
+    of_weight = _NOTHING if weight is None else _of_memory(weight)
+    of_bias = _NOTHING if bias is None else _of_memory(bias)
+    return None if of_x is None or of_weight is None or of_bias is None else (of_x, of_weight, of_bias)
+
+
+def signature_of_gradient(dy: Tensor, x: Tensor) -> tuple[Any, ...] | None:
+    if type(dy) not in _PLAIN or dy.dtype not in _FLOATS or dy.shape != x.shape or is_recorded(dy) or is_transformed():
+        return None
+    return _of_memory(dy)
+
+
+_arrays = _again.Library(
+    look=_memory,
+    place=lambda x: memory.NOWHERE if x is None else x.data_ptr(),
+    empty_like=torch.empty_like,
+    empty=torch.empty,
+    is_contiguous=Tensor.is_contiguous,
+    is_object=False,
+)
+again = partial(_again.plan, _arrays)
 
 
 def moments(x: Tensor, kept: tuple[int, ...], where: Tensor | None) -> tuple[Count, Any, Any]:

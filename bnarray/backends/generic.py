@@ -217,6 +217,29 @@ def of_vector(of_features: Array, x: Array, dtype: Any = None) -> Array:
     return of_features if dtype is None else cast(of_features, dtype)
 
 
+# -- Calls like one before ---------------------------------------------------------------------------------------------
+
+
+def signature(x: Array, weight: Array | None, bias: Array | None) -> tuple[Any, ...] | None:
+    """Return what of the arrays checks and plans follow from; None if they are to be made every time."""
+    return None
+
+
+def signature_of_gradient(dy: Array, x: Array) -> tuple[Any, ...] | None:
+    """Return what of a gradient of x's shape they follow from; None if it is to be looked at."""
+    return None
+
+
+def again(call: Any) -> Any:
+    """Return what makes calls with the signature of one that was made, or None.
+
+    It has the methods ``forward(x, weight, bias, stats)`` -> (y, vectors), ``transform(vectors)`` -> `Transform` and
+    ``backward(dy, signature_of_gradient, x, vectors)`` -> (dx, dweight, dbias). None from them means that nothing was
+    done.
+    """
+    return None
+
+
 # -- Arrays that a library follows, to differentiate or compile what is done to them -----------------------------------
 
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from bnarray.backends import _torch_operations
+from bnarray.backends import _torch_operations, _torch_tensors
+from bnarray.backends._again import Training
 from bnarray.backends._torch_tensors import (
     Count,
     Tensor,
@@ -66,12 +67,32 @@ def is_traced(*arrays: Tensor | None) -> bool:
     assert x is not None, "x comes first"
     if is_recorded(x):
         return True
-    if not is_grad_enabled() or is_transformed() or not x.is_cpu:
-        return False  # the plain verbs are made of torch's functions, which torch follows by itself
-    for each in arrays:  # noqa: SIM110  # a generator costs as much again
-        if isinstance(each, Tensor) and each.requires_grad:
-            return True
+    # On a device, and under a transformation, verbs are made of torch's functions, which torch follows by itself.
+    return x.is_cpu and _is_followed(*arrays) and not is_transformed()
+
+
+def _is_followed(*tensors: Any) -> bool:
+    if is_grad_enabled():
+        for each in tensors:
+            if isinstance(each, Tensor) and each.requires_grad:
+                return True
     return False
+
+
+def signature(x: Tensor, weight: Any, bias: Any) -> tuple[Any, ...] | None:
+    of_tensors = _torch_tensors.signature(x, weight, bias)
+    return of_tensors and (_is_followed(x, weight, bias), of_tensors)
+
+
+def again(call: Any) -> Any:
+    plan = _torch_tensors.again(call)
+    if not _is_followed(call.x, call.weight, call.bias):
+        return plan
+    return _torch_operations.Followed(plan) if isinstance(plan, Training) else None
+
+
+def signature_of_gradient(dy: Any, x: Tensor) -> tuple[Any, ...] | None:
+    return None if _is_followed(dy, x) else _torch_tensors.signature_of_gradient(dy, x)
 
 
 def joins(*arrays: Tensor | None) -> bool:
@@ -83,7 +104,7 @@ def joins(*arrays: Tensor | None) -> bool:
             "processes; call it where they do not look, for example under torch.compiler.disable"
         )
     # On any device: of what comes from other processes torch's own functions would know nothing.
-    return is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arrays)
+    return _is_followed(*arrays)
 
 
 def prepare(stats: Any, count: Count, mean: Any, m2: Any) -> Any:

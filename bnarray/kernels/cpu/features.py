@@ -5,10 +5,11 @@ import math
 from numba import types
 
 from bnarray.kernels.cpu.coefficients import count_of
-from bnarray.kernels.cpu.compiled import Kernel, flag, number, partials, vector
+from bnarray.kernels.cpu.compiled import Kernel, flag, machinery, number, partials, vector
 
 
-def _running(mean, var, count, counts, batch_mean, batch_m2, rate, correction, new):
+@machinery
+def run(mean, var, count, counts, batch_mean, batch_m2, rate, correction, new):
     """running += rate · (batch − running), where anything was counted; written so that a rate of 1 is the batch."""
     for c in range(mean.size):
         n = count_of(c, count, counts)
@@ -19,7 +20,8 @@ def _running(mean, var, count, counts, batch_mean, batch_m2, rate, correction, n
             new[1, c] = (1 - rate) * var[c] + rate * batch_var
 
 
-def _are_finite(a, b):
+@machinery
+def all_finite(a, b):
     finite = True
     for c in range(a.size):
         finite &= math.isfinite(a[c])
@@ -29,6 +31,6 @@ def _are_finite(a, b):
 
 
 running = Kernel(
-    "running", types.void(vector, vector, number, vector, vector, vector, number, number, partials), _running
+    "running", types.void(vector, vector, number, vector, vector, vector, number, number, partials), run.py_func
 )
-are_finite = Kernel("are_finite", flag(vector, vector), _are_finite)
+are_finite = Kernel("are_finite", flag(vector, vector), all_finite.py_func)

@@ -13,7 +13,7 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
-from bnarray.kernels.cpu.compiled import Kernel, machinery, mapping, named
+from bnarray.kernels.cpu.compiled import machinery, mapping, named
 
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64, BOOL = range(5)
 
@@ -120,20 +120,15 @@ def carve_rows(room, rows, size, like):
     return flat.reshape(rows, size), room
 
 
-def _address_kernel(name, kind):
-    array = types.Array(kind, 0, "C", readonly=True, aligned=False)
-    return Kernel(f"address_of_{name}", types.int64(array), lambda x: x.ctypes.data)
+#: Where NumPy's C structure of an array (PyArrayObject_fields) has the address of the first element: right after what
+#: every Python object begins with.
+HEADER = object.__basicsize__
 
 
-#: By kind, the address of an array without axes (halves viewed as integers): half of what asking NumPy costs, which
-#: makes an object for it.
-address_of = [
-    _address_kernel("float16", types.uint16),
-    _address_kernel("bfloat16", types.uint16),
-    _address_kernel("float32", types.float32),
-    _address_kernel("float64", types.float64),
-    _address_kernel("bool", types.boolean),
-]
+@machinery
+def data_of(array):
+    """The address of an array's first element, by that of the array's object."""
+    return view(array + HEADER, 1, 0)[0]
 
 
 # Conversions, vectorised by the compiler. float16: 1 sign, 5 exponent, 10 fraction bits; bfloat16: the upper half of a

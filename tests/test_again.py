@@ -1,0 +1,329 @@
+"""Calls like one before: the same bits, the same errors, the same care of state as in the first one."""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import bnarray as bn
+from bnarray import functional
+from bnarray.backends import numpy as numpy_backend
+
+rng = np.random.default_rng(7)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_before() -> Iterator[None]:
+    functional._again.clear()
+    yield
+    functional._again.clear()
+
+
+def _state(stats: bn.RunningStats) -> list[Any]:
+    return [np.asarray(each).tolist() for each in stats.state_dict().values()]
+
+
+def _made_anew(call: Callable[[], Any]) -> Any:
+    functional._again.clear()
+    return call()
+
+
+def _as_before(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The result of a call that is made like one before, which is checked."""
+    functional._again.clear()
+    call()
+    made = [each for each in functional._again.values() if each is not None]
+    assert made, "nothing was planned"
+    with monkeypatch.context() as patch:
+        patch.setattr(functional, "_checked", None)
+        return call()
+
+
+SHAPES = [
+    ((32, 64), 1),
+    ((7, 3), -1),
+    ((8, 16, 8, 8), 1),
+    ((4, 6, 6, 5), 3),
+    ((2, 3, 4), (0, 2)),
+    ((5,), ()),
+    ((3, 1), 1),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("kinds", [(None, None), ("float32", "float32"), ("float64", None), (None, "float32")])
+def test_the_same_bits(
+    dtype: str, shape: tuple[int, ...], axis: Any, activation: str | None, kinds: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, dy = (rng.normal(3, 2, shape).astype(dtype) for _ in range(2))
+    kept = (axis,) if isinstance(axis, int) else axis
+    features = tuple(shape[each] for each in kept)
+    weight, bias = (None if kind is None else np.asarray(rng.normal(size=features), kind) for kind in kinds)
+
+    def forward_and_back() -> Any:
+        stats = bn.RunningStats(features, correction=0)
+        y, saved = bn.batch_norm_forward(x, weight, bias, stats=stats, axis=axis, activation=activation)
+        gradients = bn.batch_norm_backward(dy, saved)
+        moments = saved.moments
+        return y, *gradients, moments.mean, moments.m2, moments.count, *_state(stats)
+
+    for first, second in zip(_made_anew(forward_and_back), _as_before(forward_and_back, monkeypatch), strict=True):
+        np.testing.assert_array_equal(np.asarray(first), np.asarray(second), strict=True)
+        assert getattr(first, "strides", None) == getattr(second, "strides", None)
+    np.testing.assert_array_equal(
+        _made_anew(lambda: bn.batch_norm(x, weight, bias, axis=axis, activation=activation)),
+        _as_before(lambda: bn.batch_norm(x, weight, bias, axis=axis, activation=activation), monkeypatch),
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+def test_the_same_bits_in_evaluation(
+    dtype: str, shape: tuple[int, ...], axis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, dy = (rng.normal(3, 2, shape).astype(dtype) for _ in range(2))
+    kept = (axis,) if isinstance(axis, int) else axis
+    features = tuple(shape[each] for each in kept)
+    weight, bias = (np.asarray(rng.normal(size=features)) for _ in range(2))
+    stats = bn.RunningStats(features, correction=0)
+    stats.update(bn.moments(x, axis=axis))
+    before = _state(stats)
+
+    def forward_and_back() -> Any:
+        y, saved = bn.batch_norm_forward(x, weight, bias, stats=stats, training=False, axis=axis)
+        return y, *bn.batch_norm_backward(dy, saved)
+
+    for first, second in zip(_made_anew(forward_and_back), _as_before(forward_and_back, monkeypatch), strict=True):
+        np.testing.assert_array_equal(first, second, strict=True)
+    assert _state(stats) == before
+
+
+@pytest.mark.parametrize("layout", ["F", "reversed", "every other", "read-only", "unaligned", "broadcast"])
+def test_any_strides(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = rng.normal(size=(6, 5, 4)).astype(np.float32)
+    match layout:
+        case "F":
+            x = np.asfortranarray(x)
+        case "reversed":
+            x = x[::-1, ::-1]
+        case "every other":
+            x = x[::2, :, ::2]
+        case "read-only":
+            x.setflags(write=False)
+        case "unaligned":
+            x = np.frombuffer(b"?" + x.tobytes(), np.uint8)[1:].view(np.float32).reshape(x.shape)
+        case "broadcast":
+            x = np.broadcast_to(x[:, :, :1], (6, 5, 4))
+    np.testing.assert_array_equal(
+        _as_before(lambda: bn.batch_norm(x), monkeypatch), _made_anew(lambda: bn.batch_norm(x)), strict=True
+    )
+
+
+def test_parameters_are_read_at_each_call() -> None:
+    x, weight, bias = rng.normal(size=(9, 4)), np.ones(4), np.zeros(4)
+    plain = [bn.batch_norm(x, weight, bias) for _ in range(2)][1]
+    weight[:], bias[:] = 3, 1
+    np.testing.assert_allclose(bn.batch_norm(x, weight, bias), 3 * plain + 1)
+
+
+def test_parameters_may_change_before_the_way_back() -> None:
+    x, weight, bias = rng.normal(size=(9, 4)), np.full(4, 2.0), np.zeros(4)
+    dy = rng.normal(size=(9, 4))
+    _, first = bn.batch_norm_forward(x, weight, bias)
+    truth = bn.batch_norm_backward(dy, first)
+    _, second = bn.batch_norm_forward(x, weight, bias)
+    weight[:] = np.nan
+    for a, b in zip(truth, bn.batch_norm_backward(dy, second), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dy_dtype", ["float16", "float32", "float64"])
+def test_gradients_of_another_dtype_and_layout(dy_dtype: str) -> None:
+    x = rng.normal(size=(9, 4, 3)).astype(np.float32)
+    dy = np.asfortranarray(rng.normal(size=(9, 4, 3)).astype(dy_dtype))
+    saved = [bn.batch_norm_forward(x, np.ones(4))[1] for _ in range(2)]
+    for a, b in zip(*(bn.batch_norm_backward(dy, each) for each in saved), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_wrong_dy_is_told_of_as_the_first_time() -> None:
+    x = rng.normal(size=(9, 4))
+    for _ in range(2):
+        _, saved = bn.batch_norm_forward(x)
+        with pytest.raises(ValueError, match=r"dy has shape \(4, 9\)"):
+            bn.batch_norm_backward(x.T, saved)
+        with pytest.raises(TypeError, match="dy has dtype int64"):
+            bn.batch_norm_backward(np.ones((9, 4), np.int64), saved)
+        with pytest.raises(ValueError, match="foreign byte order"):
+            bn.batch_norm_backward(x.astype(x.dtype.newbyteorder()), saved)
+        with pytest.raises(TypeError, match="dy is None"):
+            bn.batch_norm_backward(None, saved)
+
+
+def test_an_axis_that_is_a_number_only_to_python() -> None:
+    x = rng.normal(size=(9, 4))
+    bn.batch_norm(x, axis=1, eps=1)
+    for wrong in ({"axis": True}, {"axis": 1.0}, {"axis": [1]}, {"eps": True}, {"eps": [1]}, {"activation": ["relu"]}):
+        arguments: dict[str, Any] = {"axis": 1, "eps": 1, **wrong}
+        functional._again.clear()
+        first = second = None
+        try:
+            bn.batch_norm(x, **arguments)
+        except (TypeError, ValueError) as error:
+            first = str(error)
+        bn.batch_norm(x, axis=1, eps=1)
+        try:
+            bn.batch_norm(x, **arguments)
+        except (TypeError, ValueError) as error:
+            second = str(error)
+        assert first == second, wrong
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "raise", "propagate"])
+def test_what_is_not_finite(nonfinite: str) -> None:
+    x = rng.normal(size=(9, 4))
+    bad = x.copy()
+    bad[2, 1] = np.nan
+    results = []
+    for like_before in (False, True):
+        functional._again.clear()
+        stats = bn.RunningStats(4, nonfinite=nonfinite)
+        bn.batch_norm(x, stats=stats)
+        if not like_before:
+            functional._again.clear()
+        if nonfinite == "raise":
+            with pytest.raises(FloatingPointError):
+                bn.batch_norm(bad, stats=stats)
+        elif nonfinite == "skip":
+            with pytest.warns(RuntimeWarning, match="skip it"):
+                bn.batch_norm(bad, stats=stats)
+        else:
+            bn.batch_norm(bad, stats=stats)
+        results.append(_state(stats))
+    np.testing.assert_equal(*results)
+
+
+def test_numbers_beyond_float32() -> None:
+    x = rng.normal(size=(9, 4)).astype(np.float32)
+    far = x * np.float32(1e38)
+    truth = bn.batch_norm(far)
+    assert np.isfinite(truth).all()
+    bn.batch_norm(x)
+    np.testing.assert_array_equal(bn.batch_norm(far), truth)
+    _, saved = bn.batch_norm_forward(x)
+    dy = far.copy()
+    functional._again.clear()
+    _, anew = bn.batch_norm_forward(x)
+    for a, b in zip(bn.batch_norm_backward(dy, saved), bn.batch_norm_backward(dy, anew), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_frozen_states_stay() -> None:
+    x, stats = rng.normal(size=(9, 4)), bn.RunningStats(4)
+    bn.batch_norm(x, stats=stats)
+    before = _state(stats)
+    with stats.frozen():
+        bn.batch_norm(x, stats=stats)
+    assert _state(stats) == before
+    bn.batch_norm(x, stats=stats)
+    assert stats.num_updates == 2
+
+
+def test_states_of_one_shape_and_different_settings() -> None:
+    x = rng.normal(size=(2, 4))
+    for settings in ({}, {"update_rate": 0.5}, {"correction": 0}, {"update_rate": None}, {"correction": 1.5}):
+        expected, stats = (bn.RunningStats(4, **settings) for _ in range(2))
+        for _ in range(3):
+            expected.update(bn.moments(x))
+            bn.batch_norm(x, stats=stats)
+        assert _state(stats) == _state(expected)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="too few for a running variance"):
+            bn.batch_norm(x, stats=bn.RunningStats(4, correction=2))
+
+
+def test_a_count_for_each_feature_goes_on() -> None:
+    x, stats = rng.normal(size=(9, 4)), bn.RunningStats(4)
+    bn.batch_norm(x, stats=stats)
+    bn.batch_norm(x, stats=stats, where=rng.random((9, 4)) > 0.3)
+    seen = np.array(stats.count)
+    bn.batch_norm(x, stats=stats)
+    np.testing.assert_array_equal(stats.count, seen + 9)
+
+
+def test_results_of_a_state_stay_read_only() -> None:
+    x, stats = rng.normal(size=(9, 4)), bn.RunningStats(4)
+    for _ in range(2):
+        bn.batch_norm(x, stats=stats)
+        for array in (stats.mean, stats.var):
+            with pytest.raises(ValueError, match="read-only"):
+                array[0] = 1
+            with pytest.raises(ValueError, match="WRITEABLE"):
+                array.setflags(write=True)
+
+
+def test_no_update_is_lost_among_threads() -> None:
+    x, stats = rng.normal(size=(32, 4)), bn.RunningStats(4)
+
+    def train() -> None:
+        for _ in range(300):
+            bn.batch_norm(x, stats=stats)
+
+    threads = [threading.Thread(target=train) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert stats.num_updates == 2400
+    assert stats.count == 2400 * 32
+
+
+def test_an_update_by_another_thread_in_between_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, stats = rng.normal(size=(9, 4)), bn.RunningStats(4, update_rate=0.5)
+    bn.batch_norm(x, stats=stats)
+    exchange = bn.RunningStats.exchange
+
+    def with_a_rival(self: bn.RunningStats, *arguments: Any) -> bool:
+        monkeypatch.setattr(bn.RunningStats, "exchange", exchange)
+        self.update(bn.moments(3 * x))
+        return exchange(self, *arguments)
+
+    monkeypatch.setattr(bn.RunningStats, "exchange", with_a_rival)
+    bn.batch_norm(x, stats=stats)
+    expected = bn.RunningStats(4, update_rate=0.5)
+    for factor in (1, 3, 1):
+        expected.update(bn.moments(factor * x))
+    assert _state(stats) == _state(expected)
+
+
+def test_a_subclass_keeps_what_it_changes() -> None:
+    class Loud(bn.RunningStats):
+        def prepare(self, *arguments: Any) -> Any:
+            heard.append(arguments)
+            return super().prepare(*arguments)
+
+    heard: list[Any] = []
+    x = rng.normal(size=(9, 4))
+    bn.batch_norm(x, stats=bn.RunningStats(4))
+    for _ in range(3):
+        bn.batch_norm(x, stats=Loud(4))
+    assert len(heard) == 3
+
+
+def test_many_shapes_are_not_all_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "_MOST", 10)
+    for size in range(2, 40):
+        bn.batch_norm(rng.normal(size=(size, 3)))
+    assert 0 < len(functional._again) <= 11
+
+
+def test_where_arrays_are_made_otherwise_nothing_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numpy_backend, "_HAS_HEADERS", False)
+    x = rng.normal(size=(9, 4))
+    for _ in range(3):
+        np.testing.assert_allclose(bn.batch_norm(x), (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5))
+    assert set(functional._again.values()) == {None}

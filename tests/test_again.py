@@ -327,3 +327,15 @@ def test_where_arrays_are_made_otherwise_nothing_is_planned(monkeypatch: pytest.
     for _ in range(3):
         np.testing.assert_allclose(bn.batch_norm(x), (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5))
     assert set(functional._again.values()) == {None}
+
+
+def test_statistics_in_another_order_of_memory() -> None:
+    x = rng.normal(size=(9, 2, 3))
+    stats = bn.RunningStats((2, 3))
+    mean, var = rng.normal(size=(3, 2)).T, rng.random((3, 2)).T + 1
+    state = stats.state_dict() | {"running_mean": mean, "running_var": var, "count": 5}
+    stats.load_state_dict(state)
+    stats = stats.to(np.empty(0))
+    expected = (x - mean) / np.sqrt(var + 1e-5)
+    for _ in range(2):
+        np.testing.assert_allclose(bn.batch_norm(x, stats=stats, training=False, axis=(1, 2)), expected)

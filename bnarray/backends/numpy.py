@@ -174,7 +174,7 @@ def cast(x: ndarray, dtype: np.dtype[Any]) -> ndarray:
 
 
 def freeze(x: ndarray) -> ndarray:
-    array = np.asarray(x)
+    array = np.asarray(x, order="C")  # as compiled code reads vectors
     array.setflags(write=False)
     return array.view()  # which cannot be made writeable again
 

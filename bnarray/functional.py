@@ -9,33 +9,33 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 from bnarray import steps
 from bnarray.dispatch import Array, Transform, Verbs, backend, backend_with, wrapping
 from bnarray.layout import features_shape, kept_axes
-from bnarray.stats import Moments, RunningStats, checked_number, explained_momentum, is_number
+from bnarray.stats import Moments, RunningStats, checked_number, explains_momentum, is_number
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
 def _public(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Answer the keyword `momentum`, and make an `Exchange` of `group`: both before anything else can fail.
+    """Answer the keyword `momentum`, and make an `Exchange` of `group`, before anything can fail that the other members
+    should hear of.
 
-    There is no exchange in evaluation, where nothing depends on the other members.
+    There is none in evaluation, where nothing depends on the others.
     """
+    explained = explains_momentum(function)
 
     @wraps(function)
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if "momentum" in kwargs:
-            raise explained_momentum(kwargs["momentum"])
         if kwargs.get("group") is None:
-            return function(*args, **kwargs)
+            return explained(*args, **kwargs) if "momentum" in kwargs else function(*args, **kwargs)
         from bnarray import sync  # which needs NumPy
 
         members = sync.members(kwargs["group"])
         if not kwargs.get("training", True):
             kwargs["group"] = None
-            return function(*args, **kwargs)
+            return explained(*args, **kwargs)
         with sync.Exchange(members, function.__name__) as exchange:
             kwargs["group"] = exchange
-            return function(*args, **kwargs)
+            return explained(*args, **kwargs)
 
     return wrapper
 

@@ -22,22 +22,18 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def explained_momentum(m: Any) -> TypeError:
-    """Return the error for a keyword that means opposite things in different libraries."""
-    complement = f"{1 - m:.12g}" if isinstance(m, int | float) else f"1 - {m}"
-    return TypeError(
-        f"momentum={m} is ambiguous; RunningStats and BatchNorm take update_rate, the weight of the new batch: "
-        f"update_rate={m} for torch's meaning, update_rate={complement} for Keras's"
-    )
-
-
 def explains_momentum(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let a function answer the keyword `momentum`."""
+    """Let a function answer the keyword `momentum`, which means opposite things in different libraries."""
 
     @wraps(function)
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if "momentum" in kwargs:
-            raise explained_momentum(kwargs["momentum"])
+            m = kwargs["momentum"]
+            complement = f"{1 - m:.12g}" if isinstance(m, int | float) else f"1 - {m}"
+            raise TypeError(
+                f"momentum={m} is ambiguous; RunningStats and BatchNorm take update_rate, the weight of the new batch: "
+                f"update_rate={m} for torch's meaning, update_rate={complement} for Keras's"
+            )
         return function(*args, **kwargs)
 
     return wrapper

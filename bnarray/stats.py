@@ -446,13 +446,15 @@ class RunningStats:
 
     def _replace(self, change: Callable[[_State], _State]) -> None:
         """Exchange the state for a changed one; begin again if another thread was faster."""
-        while True:
-            before = self._state
-            after = change(before)
-            with _replacing:
-                if self._state is before:
-                    self._state = after
-                    return
+        while not self._exchange(before := self._state, change(before)):
+            pass
+
+    def _exchange(self, before: _State, after: _State) -> bool:
+        with _replacing:
+            is_current = self._state is before
+            if is_current:
+                self._state = after
+        return is_current
 
     def is_frozen(self) -> bool:
         """Whether calls in this context leave the state alone."""
@@ -461,12 +463,7 @@ class RunningStats:
     def exchange(self, before: _State, count: int, mean: Array, var: Array) -> bool:
         """Take in what a batch makes of an exponential state, unless that has changed meanwhile; return whether."""
         total, _, _, _, num_updates, num_skipped = before
-        after = _State(total + count, mean, var, None, num_updates + 1, num_skipped)
-        with _replacing:
-            is_current = self._state is before
-            if is_current:
-                self._state = after
-        return is_current
+        return self._exchange(before, _State(total + count, mean, var, None, num_updates + 1, num_skipped))
 
     def skip(self) -> None:
         """Count a batch that is left out."""

@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from typing import Any
@@ -123,7 +123,8 @@ def _tensors(case: Case) -> Any:
     return tensors
 
 
-def with_torch(case: Case, step: str) -> dict[str, Call]:
+def with_torch(case: Case, step: str, wanted: Sequence[str]) -> dict[str, Call]:
+    """The calls that are wanted, no other one being made: with torch.compile that is seconds."""
     import torch
     import torch._functorch.config
 
@@ -137,6 +138,7 @@ def with_torch(case: Case, step: str) -> dict[str, Call]:
     def plain(x: Any, weight: Any, bias: Any) -> Any:
         return norm(x, None, None, weight, bias, training=True, eps=EPS)
 
+    served = [name for name in wanted if name != "bnarray torch" or takes("torch", case)]
     if step in ("backward", "both"):
         torch._functorch.config.donated_buffer = False  # the graph is kept, to go through it again
 
@@ -147,10 +149,12 @@ def with_torch(case: Case, step: str) -> dict[str, Call]:
             y = forward(*leaves)
             return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)[0]
 
-        forwards = {"torch": plain, "torch.compile": torch.compile(plain)}
-        if takes("torch", case):
-            forwards["bnarray torch"] = bn.batch_norm
-        return {name: differentiated(forward) for name, forward in forwards.items()}
+        makers = {
+            "torch": lambda: differentiated(plain),
+            "torch.compile": lambda: differentiated(torch.compile(plain)),
+            "bnarray torch": lambda: differentiated(bn.batch_norm),
+        }
+        return {name: make() for name, make in makers.items() if name in served}
 
     stats = _stats(case)
 
@@ -162,16 +166,20 @@ def with_torch(case: Case, step: str) -> dict[str, Call]:
         with torch.no_grad():
             return norm(x, mean, var, weight, bias, training=step == "training", eps=EPS)
 
-    compiled = torch.compile(lambda x: norm(x, mean, var, weight, bias, training=step == "training", eps=EPS))
+    def inductor() -> Call:
+        compiled = torch.compile(lambda x: norm(x, mean, var, weight, bias, training=step == "training", eps=EPS))
 
-    def inductor() -> Any:
-        with torch.no_grad():
-            return compiled(x)
+        def call() -> Any:
+            with torch.no_grad():
+                return compiled(x)
 
-    return {"torch": eager, "torch.compile": inductor} | ({"bnarray torch": through} if takes("torch", case) else {})
+        return call
+
+    makers = {"torch": lambda: eager, "torch.compile": inductor, "bnarray torch": lambda: through}
+    return {name: make() for name, make in makers.items() if name in served}
 
 
-def with_jax(case: Case, step: str) -> dict[str, Call]:
+def with_jax(case: Case, step: str, wanted: Sequence[str]) -> dict[str, Call]:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -228,9 +236,9 @@ def with_jax(case: Case, step: str) -> dict[str, Call]:
         }
         arguments = x, jnp.asarray(case.mean), jnp.asarray(case.var)
     calls: dict[str, Call] = {}
-    if not takes("jax", case):
-        results.pop("bnarray jax", None)
     for name, result in results.items():
+        if name not in wanted or (name == "bnarray jax" and not takes("jax", case)):
+            continue
         given = (x, stats, None) if name == "bnarray jax" and step in ("training", "evaluation") else arguments
         calls[name] = _JaxCall(result, given, axis if case.channels_last else 1)
     return calls
@@ -294,34 +302,33 @@ def copies(case: Case) -> dict[str, Call]:
     return {"copy torch": lambda: target.copy_(source), "copy numpy": lambda: np.copyto(out, case.x)}
 
 
-def _as_numpy(result: Any) -> Any:
+def as_numpy(result: Any) -> Any:
     import numpy as np
 
     return np.asarray(result.detach().float() if hasattr(result, "detach") else result, np.float64)
 
 
-def measure(case: Case, step: str, threads: int, peers: tuple[str, ...], seconds: float) -> dict[str, float]:
-    """Return the median time of each contender in µs, after checking that all agree with bnarray.
+def measure(case: Case, step: str, threads: int, wanted: Sequence[str], seconds: float) -> dict[str, float]:
+    """Return the median time of bnarray, of copies and of who else is wanted in µs, after checking that all agree.
 
     Loosely: torch's float32 sums leave errors of 1e-2 in a feature of three million values (channels last).
     """
     import numpy as np
 
     timed = ours(case, step) | copies(case)
-    if "torch" in peers:
-        timed |= with_torch(case, step)
-    if "jax" in peers:
-        timed |= with_jax(case, step)
-    if "onnxruntime" in peers:
+    if any("torch" in name for name in wanted):
+        timed |= with_torch(case, step, wanted)
+    if any("jax" in name for name in wanted):
+        timed |= with_jax(case, step, wanted)
+    if "onnxruntime" in wanted:
         timed |= with_onnxruntime(case, step, threads)
-    if "formula" in peers:
+    if "formula" in wanted:
         timed |= formula(case, step)
-    timed = {name: call for name, call in timed.items() if name != "torch.compile" or name in peers}
-    right = _as_numpy(timed["bnarray"]())
+    right = as_numpy(timed["bnarray"]())
     loose = 5e-2 if case.dtype == "bfloat16" else 2e-2
     for name, call in timed.items():
         if not name.startswith("copy"):
-            np.testing.assert_allclose(_as_numpy(call()), right, rtol=loose, atol=loose, err_msg=name)
+            np.testing.assert_allclose(as_numpy(call()), right, rtol=loose, atol=loose, err_msg=name)
         if hasattr(call, "checked"):
             call.checked = True
     times: dict[str, list[float]] = {name: [] for name in timed}
@@ -346,20 +353,30 @@ def turn(call: Call) -> float:
     return statistics.median(seconds)
 
 
+def limit(us: dict[str, float], step: str) -> float:
+    """What a step must move at the speed of the fastest copy, in µs."""
+    return min(us[name] for name in us if name.startswith("copy")) * STEPS[step] / 2
+
+
+def best_peer(us: dict[str, float]) -> str:
+    return min((name for name in PEERS if name in us), key=us.__getitem__)
+
+
 def row_of(us: dict[str, float], step: str) -> dict[str, Any]:
     """The ratios of a row."""
-    best = min((name for name in PEERS if name in us), key=us.__getitem__)
-    copy = min(us[name] for name in us if name.startswith("copy"))
+    best = best_peer(us)
     return {
         "us": us,
         "best peer": best,
         "best peer / bnarray": us[best] / us["bnarray"],
-        "bnarray out= / limit": us["bnarray out="] / (copy * STEPS[step] / 2),
+        "bnarray out= / limit": us["bnarray out="] / limit(us, step),
     }
 
 
 def run(options: argparse.Namespace, threads: int) -> None:
     """Measure in this process; print a line of JSON for each row."""
+    # bnarray on a library's arrays where the library is a peer
+    wanted = (*options.peers, *(name for name in OURS if name.split()[-1] in options.peers))
     if "torch" in options.peers:
         import torch
 
@@ -370,7 +387,7 @@ def run(options: argparse.Namespace, threads: int) -> None:
                 case = Case(shape, channels_last, dtype)
                 for step in options.steps:
                     seconds = options.seconds * (1 if prod(shape) < 2**24 else 4)
-                    us = measure(case, step, threads, options.peers, seconds)
+                    us = measure(case, step, threads, wanted, seconds)
                     layout = "channels last" if channels_last or len(shape) == 2 else "channels first"
                     row = {"shape": shape, "layout": layout, "dtype": dtype, "step": step, "threads": threads}
                     print(json.dumps(row | row_of(us, step)), flush=True)
@@ -411,10 +428,10 @@ def picture(rows: list[dict[str, Any]], path: str) -> None:
     for panel, step in zip(panels[0], steps, strict=True):
         for row in (row for row in rows if row["step"] == step):
             at = labels.index((tuple(row["shape"]), row["layout"])) * (len(names) + 1)
-            limit = row["us"]["bnarray out="] / row["bnarray out= / limit"]
+            least = limit(row["us"], step)
             for i, name in enumerate(names):
                 if name in row["us"]:
-                    panel.barh(at + i, row["us"][name] / limit, height=1, color=colours[name])
+                    panel.barh(at + i, row["us"][name] / least, height=1, color=colours[name])
         panel.margins(y=0.005)
         panel.axvline(1, color="black", linewidth=1)
         panel.set(title=step, xscale="log", xlabel="time / limit of the memory bus")
@@ -467,7 +484,7 @@ def main() -> None:
         picture(drawn, options.picture)
     if options.json:
         with open(options.json, "w") as file:
-            json.dump(rows, file, indent=1)
+            file.write("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
 if __name__ == "__main__":

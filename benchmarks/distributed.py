@@ -16,10 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import dask.array as da
 import numpy as np
-import zarr
-from distributed import Client, LocalCluster
 
 import bnarray as bn
 
@@ -38,6 +35,8 @@ class Outcome(NamedTuple):
 
 def make(path: Path, size: int, chunk: int) -> None:
     """Write a float32 array of about `size` bytes, in chunks of about `chunk`, whose rows drift, far from zero."""
+    import zarr
+
     rows = chunk // (4 * FEATURES)
     chunks = max(1, size // chunk)
     array = zarr.create_array(path, shape=(chunks * rows, FEATURES), chunks=(rows, FEATURES), dtype=np.float32)
@@ -48,6 +47,8 @@ def make(path: Path, size: int, chunk: int) -> None:
 
 def chunks_of(path: Path) -> Iterator[np.ndarray]:
     """Read an array chunk by chunk."""
+    import zarr
+
     array = zarr.open_array(path, mode="r")
     for first in range(0, array.shape[0], array.chunks[0]):
         yield np.asarray(array[first : first + array.chunks[0]])
@@ -70,6 +71,8 @@ def by_bnarray(x: Any) -> Any:
 
 
 def by_formula(x: Any) -> Any:
+    import dask.array as da
+
     return (x - x.mean(0)) / da.sqrt(x.var(0) + np.float32(EPS))
 
 
@@ -99,6 +102,9 @@ def measure(
     rounds: int,
 ) -> Outcome:
     """Normalise from file to file in new worker processes of one thread each."""
+    import dask.array as da
+    from distributed import Client, LocalCluster
+
     cluster = {"n_workers": workers, "threads_per_worker": 1, "memory_limit": memory, "dashboard_address": None}
     seconds = []
     with LocalCluster(processes=True, **cluster) as processes, Client(processes) as client:

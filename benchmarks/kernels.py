@@ -1,7 +1,7 @@
 """Each CPU kernel by itself: time, and bytes per second of the traffic that its file counts.
 
 Run as ``python -m benchmarks.kernels``. Arrays of 25 MB (float32), larger than the nearer caches; the copy of one in
-the same rounds is the yardstick. Medians.
+the same rounds is the yardstick. Medians. What it needs is imported late: asv imports this file under old commits.
 """
 
 import argparse
@@ -10,13 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-
-from bnarray.backends import _strided
-from bnarray.backends import numpy as verbs
-from bnarray.dispatch import Transform
-from bnarray.kernels.cpu.pool import threads
 
 LAYOUTS = {
     "channels first": ((32, 64, 56, 56), (1,)),
@@ -28,6 +22,10 @@ LAYOUTS = {
 
 def kernels(shape: tuple[int, ...], kept: tuple[int, ...], dtype: Any) -> dict[str, tuple[int, Callable[[], Any]]]:
     """By file name, the passes over x that it counts, and a call of it."""
+    from bnarray.backends import _strided
+    from bnarray.backends import numpy as verbs
+    from bnarray.dispatch import Transform
+
     rng = np.random.default_rng(0)
     x, dy = (rng.normal(size=shape).astype(np.float32).astype(dtype) for _ in range(2))
     y = np.empty_like(verbs.check(x, "x"))
@@ -49,6 +47,10 @@ def kernels(shape: tuple[int, ...], kept: tuple[int, ...], dtype: Any) -> dict[s
 
 
 def main() -> None:
+    import ml_dtypes
+
+    from bnarray.kernels.cpu.pool import threads
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()

@@ -8,12 +8,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import torch
-
-import bnarray as bn
 from benchmarks.compare import turn
-from bnarray.torch import BatchNorm1d
 
 Calls = dict[str, dict[str, Callable[[], Any]]]
 SHAPES = [(32, 64), (64, 100)]
@@ -22,10 +17,12 @@ CONTENDERS = ("bnarray, NumPy", "bnarray, torch", "torch")
 
 
 def _backward(make: Callable[..., Any], inputs: list[Any], dy: Any) -> Callable[[], Any]:
+    import torch
+
     return lambda: torch.autograd.grad(make(*inputs), inputs, dy)
 
 
-def _both(layer: bn.BatchNorm, x: Any, dy: Any) -> Callable[[], Any]:
+def _both(layer: Any, x: Any, dy: Any) -> Callable[[], Any]:
     def both() -> Any:
         layer.forward(x)
         return layer.backward(dy)
@@ -35,6 +32,12 @@ def _both(layer: bn.BatchNorm, x: Any, dy: Any) -> Callable[[], Any]:
 
 def calls(shape: tuple[int, int]) -> Calls:
     """Return every step's call by contender."""
+    import numpy as np
+    import torch
+
+    import bnarray as bn
+    from bnarray.torch import BatchNorm1d
+
     rng = np.random.default_rng(0)
     x, dy = rng.normal(size=(2, *shape)).astype(np.float32)
     weight, bias = rng.normal(size=(2, shape[1])).astype(np.float32)
@@ -76,6 +79,8 @@ def calls(shape: tuple[int, int]) -> Calls:
 
 
 def main() -> None:
+    import torch
+
     torch.set_num_threads(2)
     print("| shape | call | " + " | ".join(f"{name}, µs" for name in CONTENDERS) + " |")
     print("|---" * (2 + len(CONTENDERS)) + "|")

@@ -1,8 +1,9 @@
 """What the paper claims, tried on handwritten digits: ``python docs/claims.py --seeds 5``.
 
-Prints the tables of docs/claims.md and draws docs/figures/claims.svg: accuracy on the test set after a number of steps,
-with and without batch normalization, over learning rates, scales of the first weights, and sizes of batches. The
-network is the demo's: three hidden layers of 100 sigmoid units (Ioffe and Szegedy 2015, section 4.1).
+Prints tables of docs/claims.md and draws its pictures, docs/figures/claims-*.svg: accuracy on the test set after a
+number of steps, with and without batch normalization, over learning rates, scales of the first weights, and sizes of
+batches; and one seed's training as `bnarray demo` does it. The network is the demo's: three hidden layers of 100
+sigmoid units (Ioffe and Szegedy 2015, section 4.1).
 """
 
 import argparse
@@ -13,7 +14,8 @@ import draw
 import matplotlib.pyplot as plt
 import numpy as np
 
-from bnarray.demo import Data, Network, load
+from bnarray.demo import GOAL, PERCENTILES, Data, Network, load, train
+from bnarray.demo import RATES as DEMO_RATES
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 SCALES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -61,16 +63,10 @@ def show(what: str, values: tuple[float, ...], found: np.ndarray) -> None:
         print(f"| {value:g} | {' | '.join(cells)} |", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--picture", type=Path, default=draw.DOCS / "figures" / "claims.svg")
-    options = parser.parse_args()
-    _, data = load()
-    draw.use_style()
+def draw_sweeps(data: Data, seeds: int, steps: int, path: Path) -> None:
+    """Print and draw accuracies over what is varied."""
     figure, axes = plt.subplots(3, 1, figsize=(5.4, 7.5), sharey=True)
-    figure.suptitle(f"Accuracy on the test set after {options.steps} steps")
+    figure.suptitle(f"Accuracy on the test set after {steps} steps")
     for axis, (what, values, settings) in zip(
         axes,
         (
@@ -80,14 +76,49 @@ def main() -> None:
         ),
         strict=True,
     ):
-        found = sweep(data, settings, options.seeds, options.steps)
+        found = sweep(data, settings, seeds, steps)
         show(what, values, found)
         for each, label, style in zip(found, ("without", "with batch normalization"), ("o:", "o-"), strict=True):
             axis.plot(values, each.mean(axis=1), style, label=label)
             axis.fill_between(values, each.min(axis=1), each.max(axis=1), alpha=0.2)
         axis.set(xscale="log", xlabel=what, ylim=(0, 1.02))
-    axes[0].legend(loc="lower left")
-    draw.save(figure, options.picture)
+    axes[1].legend(loc="center left")
+    draw.save(figure, path)
+
+
+def draw_training(data: Data, steps: int, path: Path) -> None:
+    """Draw what the demo draws: accuracy over the steps, and a unit's activation with and without."""
+    figure, axes = plt.subplots(3, 1, figsize=(5.4, 7.5))
+    for color, rate in zip(draw.COLORS, DEMO_RATES, strict=False):
+        for normalized, style in ((False, ":"), (True, "-")):
+            run = train(data, normalized, rate, 0, steps, lambda: None)
+            axes[0].plot(run.steps, run.accuracy, style, color=color, label="" if not normalized else f"rate {rate:g}")
+            if rate == DEMO_RATES[0]:
+                low, middle, high = np.transpose(run.activation)
+                axes[1 + normalized].fill_between(run.steps, low, high, alpha=0.3)
+                axes[1 + normalized].plot(run.steps, middle)
+    axes[0].axhline(GOAL, color="#888888", linewidth=0.8)
+    axes[0].set(
+        title="Accuracy on the test set, without (dotted) and with", xlabel="step", xscale="log", ylim=(0, 1.02)
+    )
+    axes[0].legend(loc="center left")
+    for axis, which in zip(axes[1:], ("without", "with"), strict=True):
+        axis.set(title=f"A unit of the last hidden layer, {which} (rate {DEMO_RATES[0]:g})", xlabel="step", ylim=(0, 1))
+        axis.set_ylabel(f"{PERCENTILES[0]}, 50, {PERCENTILES[-1]}th percentile")
+    draw.save(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--demo-steps", type=int, default=7000)
+    parser.add_argument("--out", type=Path, default=draw.DOCS / "figures", metavar="FOLDER")
+    options = parser.parse_args()
+    _, data = load()
+    draw.use_style()
+    draw_sweeps(data, options.seeds, options.steps, options.out / "claims-sweeps.svg")
+    draw_training(data, options.demo_steps, options.out / "claims-training.svg")
 
 
 if __name__ == "__main__":

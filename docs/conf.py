@@ -60,10 +60,11 @@ sphinx_gallery_conf = {
     "reset_modules": ("matplotlib", "draw.use_style"),
     "abort_on_example_error": True,
     "download_all_examples": False,
-    "remove_config_comments": True,
+    "notebook_extensions": set(),
     "show_memory": False,
     "show_signature": False,
     "capture_repr": (),
+    "default_thumb_file": str(DOCS / "_static" / "icon.svg"),
     "min_reported_time": 1e9,
     "write_computation_times": False,
 }

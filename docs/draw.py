@@ -58,7 +58,7 @@ def save(figure: Figure, path: Path) -> None:
         svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     used = set(re.findall(r'(?:href="|url\()#([\w-]+)', svg))
-    svg = re.sub(r' id="([\w-]+)"', lambda found: found[0] if found[1] in used else "", svg)
+    svg = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", svg)
     svg = re.sub(r"\n?<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"(<svg[^>]*>)", rf"\1{_LIGHT_AND_DARK}", svg, count=1)
     path.write_text(svg, encoding="utf-8")

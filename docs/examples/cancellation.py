@@ -42,8 +42,9 @@ for mean in means:
         found.append(abs(float(way(x)) - truth) / truth)
 
 # %%
-# At mean 10³ the textbook's variance has lost half of its digits, at 10⁴ all of them; at some means it is negative,
-# and the square root of that is NaN. Two passes in float32 go wrong when the mean itself can no longer be held.
+# At mean 10² the textbook's variance has lost half of its digits, at 10⁴ all of them; at some means it is zero or
+# negative. Two passes in float32 lose digits where the mean, which is rounded to float32, is off by a good part of a
+# deviation.
 
 print(f"{'mean':>8} {'E[x²] − E[x]²':>14} {'two passes':>11} {'bnarray':>9}   relative error of the variance")
 for mean, *each in zip(means[::2], *(found[::2] for found in errors.values()), strict=True):

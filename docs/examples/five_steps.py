@@ -50,5 +50,5 @@ for name, cloud in (("x: as it comes in", x), ("normalised: mean 0, deviation 1"
     axes.plot(*cloud.T, ".", alpha=0.7, label=f"{name} (correlation {correlation:.2f})")
 axes.axhline(0, color="#888888", linewidth=0.6)
 axes.axvline(0, color="#888888", linewidth=0.6)
-axes.set(xlabel="first feature", ylabel="second feature", title="A batch before and after", ylim=(-4, 10))
+axes.set(xlabel="first feature", ylabel="second feature", title="A batch before and after", ylim=(-4, 13))
 _ = axes.legend(loc="upper left")

@@ -27,8 +27,8 @@ for name, y in (("without", plain), ("with", masked)):
     print(f"{name:8} where: mean {y[where].mean():6.3f}, deviation {y[where].std():.3f} of the elements that count")
 
 # %%
-# Elements that do not count may be anything, NaN too, and no gradient flows back to the statistics from them or to
-# them.
+# Elements that do not count may be anything, NaN too. They are not in the statistics, so nothing flows back to them
+# from the other outputs.
 
 x[~where] = np.nan
 _, saved = bn.batch_norm_forward(x, axis=-1, where=where[..., None])

@@ -101,7 +101,7 @@ def draw_training(data: Data, steps: int, path: Path) -> None:
     axes[0].set(
         title="Accuracy on the test set, without (dotted) and with", xlabel="step", xscale="log", ylim=(0, 1.02)
     )
-    axes[0].legend(loc="center left")
+    axes[0].legend(loc=(0.22, 0.35))
     for axis, which in zip(axes[1:], ("without", "with"), strict=True):
         axis.set(title=f"A unit of the last hidden layer, {which} (rate {DEMO_RATES[0]:g})", xlabel="step", ylim=(0, 1))
         axis.set_ylabel(f"{PERCENTILES[0]}, 50, {PERCENTILES[-1]}th percentile")

@@ -1,12 +1,14 @@
 """Put pictures that are drawn in the page's colour into the page, where they turn dark with it."""
 
-import re
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from docutils import nodes
 from sphinx.transforms.post_transforms import SphinxPostTransform
+
+#: matplotlib's.
+_EVERYWHERE = '<style type="text/css">*{stroke-linejoin: round; stroke-linecap: butt}</style>'
 
 
 class InlineSvg(SphinxPostTransform):
@@ -24,7 +26,9 @@ class InlineSvg(SphinxPostTransform):
             if "currentColor" not in svg:
                 continue
             alt = escape(" ".join(node.get("alt", "").split()))
-            svg = re.sub(r"<svg", f'<svg role="img" aria-label="{alt}"', svg[svg.index("<svg") :], count=1)
+            # What a style says of everything would hold for the whole page; the root's attributes are inherited instead.
+            svg = svg[svg.index("<svg") :].replace(_EVERYWHERE, "")
+            svg = svg.replace("<svg", f'<svg role="img" aria-label="{alt}" stroke-linejoin="round"', 1)
             # Markdown has pictures in paragraphs, which HTML does not let hold a block.
             alone = isinstance(node.parent, nodes.paragraph) and len(node.parent) == 1
             (node.parent if alone else node).replace_self(

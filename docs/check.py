@@ -2,8 +2,8 @@
 
 Every link inside it leads to a page, and to a place on it, that is there; and no page loads anything from elsewhere.
 With ``--look FOLDER`` every page is also opened in Chromium, wide and narrow, light and dark: it should load without an
-error, show all of its pictures, and not scroll sideways. The folder gets a picture of each. (That needs ``pip install
-playwright`` and a Chromium, in the path or by ``playwright install chromium``.)
+error, show all of its pictures whole, and not scroll sideways. The folder gets a picture of each. (That needs ``pip
+install playwright`` and a Chromium, in the path or by ``playwright install chromium``.)
 """
 
 import argparse
@@ -67,6 +67,10 @@ def broken(site: Path) -> Iterator[str]:
                     yield f"{here}: {link} has no such place"
 
 
+_CUT_OFF = """[...document.querySelectorAll("article img, article svg")].some(
+    each => each.getBoundingClientRect().right > document.documentElement.clientWidth)"""
+
+
 class _Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
@@ -109,6 +113,8 @@ def _seen(view: Any, root: str, paths: list[str], scheme: str) -> Iterator[tuple
             found.append(f"it is not {scheme}")
         if view.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth"):
             found.append("it scrolls sideways")
+        if view.evaluate(_CUT_OFF):
+            found.append("a picture is cut off")
         found += view.evaluate("[...document.images].filter(each => !each.naturalWidth).map(each => `no ${each.src}`)")
         yield from ((path, fault) for fault in found)
         yield path, None

@@ -26,14 +26,14 @@ class InlineSvg(SphinxPostTransform):
             if "currentColor" not in svg:
                 continue
             alt = escape(" ".join(node.get("alt", "").split()))
-            # What a style says of everything would hold for the whole page; the root's attributes are inherited instead.
+            # What a style says of everything would hold for the whole page; the root's attributes are inherited.
             svg = svg[svg.index("<svg") :].replace(_EVERYWHERE, "")
             svg = svg.replace("<svg", f'<svg role="img" aria-label="{alt}" stroke-linejoin="round"', 1)
             # Markdown has pictures in paragraphs, which HTML does not let hold a block.
-            alone = isinstance(node.parent, nodes.paragraph) and len(node.parent) == 1
-            (node.parent if alone else node).replace_self(
-                nodes.raw("", f'<div class="figure">{svg}</div>' if alone else svg, format="html")
-            )
+            is_inline = isinstance(node.parent, nodes.TextElement)
+            alone = is_inline and len(node.parent) == 1
+            block = svg if is_inline and not alone else f'<div class="figure">{svg}</div>'
+            (node.parent if alone else node).replace_self(nodes.raw("", block, format="html"))
 
 
 def setup(app: Any) -> dict[str, bool]:

@@ -20,7 +20,7 @@ days = [rng.normal(level, 1.0, (size, 1)) for level, size in zip(rng.normal(0, 5
 whole = np.concatenate(days)
 
 # %%
-# **The exact union**: ``+`` of two `Moments`. The order does not matter beyond rounding.
+# **The exact union**: ``+`` of two :class:`~bnarray.Moments`. The order does not matter beyond rounding.
 
 samples = [bn.moments(day) for day in days]
 exact = bn.Moments.merge_all(samples)
@@ -51,4 +51,4 @@ axis.plot(number, [each[0] for each in seen], "s-", label="update_rate=0.1: expo
 axis.plot(number, np.cumsum([s.var()[0] for s in samples]) / number, "^-", label="average of variances")
 axis.axhline(whole.var(), color="#888888", linewidth=0.8)
 axis.set(xlabel="days seen", ylabel="variance", ylim=(0, None), title="Running variance; the line is the truth")
-_ = axis.legend()
+_ = axis.legend(loc=(0.42, 0.15))

@@ -3,11 +3,11 @@ A network written by hand
 =========================
 
 Two hidden layers with ReLU, trained by plain gradient descent in NumPy: forward, backward and running statistics with
-`BatchNorm`.
+:class:`~bnarray.BatchNorm`.
 """
 
 # %%
-# The network: a matrix, a `BatchNorm` with ReLU fused, twice; then a matrix. A bias before a batch normalization would
+# The network: a matrix, a :class:`~bnarray.BatchNorm` with ReLU fused, twice; then a matrix. A bias before a batch normalization would
 # be subtracted again at once, so there is none.
 
 from itertools import pairwise

@@ -7,8 +7,8 @@ Two hidden layers with ReLU, trained by plain gradient descent in NumPy: forward
 """
 
 # %%
-# The network: a matrix, a :class:`~bnarray.BatchNorm` with ReLU fused, twice; then a matrix. A bias before a batch normalization would
-# be subtracted again at once, so there is none.
+# The network: a matrix, a batch normalization with ReLU fused, twice; then a matrix. A bias before the former would be
+# subtracted again at once, so there is none.
 
 from itertools import pairwise
 

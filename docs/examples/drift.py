@@ -9,18 +9,18 @@ by how much new data differs.
 # %%
 # Training data in a file. It is read twice and written once, never as a whole in memory.
 
-import os
 import tempfile
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 
 import bnarray as bn
 
-os.chdir(tempfile.mkdtemp())
+folder = Path(tempfile.mkdtemp())
 rng = np.random.default_rng(0)
-np.save("train.npy", rng.normal(np.linspace(-3, 3, 30), 1.5, (20_000, 30)).astype(np.float32))
-before, after = bn.normalize_file("train.npy", "train-n.npy")
+np.save(folder / "train.npy", rng.normal(np.linspace(-3, 3, 30), 1.5, (20_000, 30)).astype(np.float32))
+before, after = bn.normalize_file(folder / "train.npy", folder / "train-n.npy")
 print(f"means {before.mean.min():.2f} to {before.mean.max():.2f} before, at most {abs(after.mean).max():.0e} after")
 
 # %%
@@ -28,7 +28,7 @@ print(f"means {before.mean.min():.2f} to {before.mean.max():.2f} before, at most
 
 stats = bn.RunningStats(30, update_rate=None, correction=0)
 stats.update(before)
-stats.save("train-stats.npz")
+stats.save(folder / "train-stats.npz")
 
 # %%
 # New data, in two files. Two sensors have changed.
@@ -36,9 +36,10 @@ stats.save("train-stats.npz")
 new = rng.normal(np.linspace(-3, 3, 30), 1.5, (5_000, 30)).astype(np.float32)
 new[:, 7] += 2
 new[:, 21] *= 1.5
-np.save("monday.npy", new[:3000])
-np.save("tuesday.npy", new[3000:])
-then, now = bn.RunningStats.load("train-stats.npz"), bn.file_moments(["monday.npy", "tuesday.npy"])
+np.save(folder / "monday.npy", new[:3000])
+np.save(folder / "tuesday.npy", new[3000:])
+then = bn.RunningStats.load(folder / "train-stats.npz")
+now = bn.file_moments([folder / "monday.npy", folder / "tuesday.npy"])
 
 moved = (now.mean - then.mean) / np.sqrt(then.var)
 wider = np.sqrt(now.var() / then.var)

@@ -26,10 +26,13 @@ VERBS = (
     *("cleared", "vector", "of_vector", "is_traced", "is_symbolic", "traced_statistic"),
     *("joins", "traced_forward", "traced_backward", "traced_moments"),
     *("moments", "normalize", "forward", "grad_sums", "grad_input", "backward"),
-    *("signature", "signature_of_gradient", "again"),
     *("along", "merge", "variance", "sum_of_squares", "only_above", "invstd"),
     *("prepare", "current", "update_stats", "is_finite", "lowest", "number", "refusal", "choose"),
 )
+
+
+#: What functional asks besides, of a backend that plans calls once: no verbs, because they are about calls.
+PLANNING = ("signature", "signature_of_gradient", "again")
 
 
 class Transform(NamedTuple):
@@ -128,7 +131,7 @@ def _checked(module: Any) -> Any:
 def _verbs(library: str, module: Any) -> Verbs:
     if library not in _verbs_of_library:
         generic = load("generic")
-        verbs = {verb: getattr(module, verb, None) or getattr(generic, verb) for verb in VERBS}
+        verbs = {verb: getattr(module, verb, None) or getattr(generic, verb) for verb in (*VERBS, *PLANNING)}
         _verbs_of_library[library] = SimpleNamespace(
             library=library,
             capabilities=getattr(module, "CAPABILITIES", generic.CAPABILITIES),

@@ -339,3 +339,41 @@ def test_statistics_in_another_order_of_memory() -> None:
     expected = (x - mean) / np.sqrt(var + 1e-5)
     for _ in range(2):
         np.testing.assert_allclose(bn.batch_norm(x, stats=stats, training=False, axis=(1, 2)), expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_out(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, stats = rng.normal(size=(9, 4)).astype(np.float32), rng.normal(size=4), bn.RunningStats(4)
+    expected = bn.batch_norm(x, weight, stats=stats.copy(), training=training)
+    out = np.asfortranarray(np.full_like(x, np.nan))
+
+    def into(out: Any) -> Any:
+        return bn.batch_norm(x.copy() if out is not x else x, weight, stats=stats.copy(), training=training, out=out)
+
+    assert _as_before(lambda: into(out), monkeypatch) is out
+    np.testing.assert_array_equal(out, expected)
+    assert into(x) is x
+    np.testing.assert_array_equal(x, expected)
+
+
+def test_a_wrong_out_changes_nothing() -> None:
+    x, stats = rng.normal(size=(9, 4)), bn.RunningStats(4)
+    bn.batch_norm(x, stats=stats)
+    before, memory = _state(stats), np.zeros(40)
+    read_only = np.zeros((9, 4))
+    read_only.setflags(write=False)
+    overlapping = np.zeros(44)
+    inside = overlapping[:36].reshape(9, 4)
+    inside[...] = x
+    wrong: list[tuple[Any, Any, type[Exception]]] = [
+        (x, np.zeros((4, 9)), ValueError),
+        (x, np.zeros((9, 4), np.float32), TypeError),
+        (x, read_only, TypeError),
+        (x, np.broadcast_to(memory[:4], (9, 4)), TypeError),
+        (inside, overlapping[4:40].reshape(9, 4), ValueError),
+        (x, [[0.0] * 4] * 9, TypeError),
+    ]
+    for array, out, error in wrong:
+        with pytest.raises(error, match="out"):
+            bn.batch_norm(array, stats=stats, out=out)
+    assert _state(stats) == before

@@ -126,7 +126,9 @@ class _Npy:
             if version not in readers:
                 raise ValueError(f"version {version} of the format is for arrays with named fields")
             shape, self.is_fortran, self.dtype = readers[version](file)
-        except (ValueError, EOFError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # NumPy has a parser read the header, whose errors are of its own kinds
             raise ValueError(f"{name} is no .npy file, or a damaged one: {error}") from error
         if self.dtype.hasobject:
             raise TypeError(f"{name} holds Python objects; it should hold real floating numbers")

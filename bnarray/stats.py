@@ -697,8 +697,7 @@ class RunningStats:
             moments = Moments(count, arrays["mean"], stats._loaded(arrays["m2"], "m2"))
             if stats._nonfinite != "propagate" and not backend(moments.m2).is_finite(moments.m2):
                 raise ValueError("m2 holds a NaN or an infinity")
-            var = backend(moments.m2).variance(moments.count, moments.m2, stats._correction, 1.0)
-            stats._state = stats._held(stats._state._replace(m2=moments.m2, var=var))
+            stats._state = stats._held(stats._state._replace(m2=moments.m2))
         return stats
 
 

@@ -519,7 +519,9 @@ def test_the_package_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_layer_through_safetensors(tmp_path: Path) -> None:
     """`state_dict` is arrays and numbers, which come back as arrays."""
-    safetensors = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed: layers in its files")
+    safetensors = pytest.importorskip(
+        "safetensors.numpy", reason="safetensors is not installed: layers in its files are not verified"
+    )
     for update_rate in (0.1, None):
         layer, again = bn.BatchNorm(3, update_rate=update_rate), bn.BatchNorm(3, update_rate=update_rate)
         rng = np.random.default_rng(0)

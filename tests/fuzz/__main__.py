@@ -26,16 +26,17 @@ def _child(first: int, last: int, folder: Path) -> None:
     from tests.fuzz.memory import forget_plans, guarded_library
 
     faulthandler.enable()
+    place = os.open(folder / "seed", os.O_CREAT | os.O_WRONLY)
     with guarded_library(), (folder / "failures").open("a") as failures:
         for seed in range(first, last):
-            (folder / "seed").write_text(str(seed))
+            os.pwrite(place, b"%20d" % seed, 0)
             faulthandler.dump_traceback_later(LIMIT, exit=True)
             if seed % 500 == 0:
                 forget_plans()
             try:
                 calls.run(Random(seed))
             except Exception:
-                print(f"call {seed}\n{traceback.format_exc(limit=-4)}", file=failures, flush=True)
+                print(f"call {seed}\n{traceback.format_exc(limit=-4)}", end="\0", file=failures, flush=True)
             if seed % 100 == 0 or seed == last - 1:
                 (folder / "tally").write_text(json.dumps(calls.tally))
     faulthandler.cancel_dump_traceback_later()
@@ -69,7 +70,7 @@ def run(first: int, calls: int, seconds: float, bounds: bool) -> tuple[int, dict
             (folder / "tally").unlink(missing_ok=True)
             seed = at + 1
         if (folder / "failures").exists():
-            wrong += [f"call {each}" for each in (folder / "failures").read_text().split("call ")[1:]]
+            wrong += (folder / "failures").read_text().split("\0")[:-1]
     return seed - first, counted, wrong
 
 

@@ -92,7 +92,9 @@ def reference(
         if x.dtype != np.float64 or x.size == 0:
             return largest
         # A float64 mean is known to its own last place, next to which a small deviation is not to its.
-        largest = largest.max(axis=reduced, keepdims=True) * np.maximum(1, abs(mean) * invstd)
+        # (In deviations of x, without eps: with a large eps x̂ is small, and the mean is known no better.)
+        distance = abs(mean) / np.sqrt(np.where(var > 0, var, 1.0))
+        largest = largest.max(axis=reduced, keepdims=True) * np.maximum(1, distance)
         return np.broadcast_to(largest, x.shape)
 
     wide = x.astype(np.float64)

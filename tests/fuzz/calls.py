@@ -45,8 +45,9 @@ def _shape(r: Random, least: int = 0, most: int = 6) -> tuple[int, ...]:
     """Mostly small; sometimes longer than tiles and pieces of work; sometimes with an axis of size 0."""
     ndim = r.randint(least, most)
     sizes = [r.choice([1, 2, 3, 4, 5, 7, 8, 9, 17]) for _ in range(ndim)]
-    while prod(sizes) > 20_000:
-        sizes[r.randrange(ndim)] = 1
+    for axis in r.sample(range(ndim), ndim):
+        if prod(sizes) > 20_000:
+            sizes[axis] = 1
     if ndim and r.random() < 0.1:
         sizes[r.randrange(ndim)] = 0
     elif ndim and r.random() < 0.15:
@@ -419,7 +420,9 @@ def _judge_forward(
         )
     known, tolerance = _is_known(truth, call, eps), TOLERANCES[x.dtype.name]
     if known:
-        assert_close(y, truth.y, _scale(truth.y_scale, truth, kept, float(eps)), tolerance, tolerance.y)
+        # Weights are added one by one: of some thousand equal ones the sum is wrong by 100 units in the last place.
+        most = 512 if where is not None and x.dtype == np.float64 else tolerance.y
+        assert_close(y, truth.y, _scale(truth.y_scale, truth, kept, float(eps)), tolerance, most)
         if not evaluate:
             _assert_moments(m, truth, call.features, tolerance.moments)
     if saved is None:

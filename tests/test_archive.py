@@ -73,17 +73,6 @@ def test_paths_of_bytes(path: Path) -> None:
     _assert_equal(bn.RunningStats.load(os.fsencode(path)), _stats())
 
 
-def test_state_on_another_library(path: Path) -> None:
-    """It is read into NumPy; float32, where a device has no more, is widened."""
-    torch = pytest.importorskip("torch", reason="torch is not installed: saving its state is not verified")
-    stats = bn.RunningStats(3, like=torch.empty(0))
-    bn.batch_norm(np.arange(12.0).reshape(4, 3), stats=stats)
-    stats.save(path)
-    read = bn.RunningStats.load(path)
-    assert type(read.mean) is np.ndarray
-    np.testing.assert_array_equal(read.var, stats.var.numpy())
-
-
 def test_no_files(path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         bn.RunningStats.load(path)

@@ -192,6 +192,22 @@ def test_libraries_in_turn(home: str, torch: Any) -> None:
     np.testing.assert_allclose(np.asarray(stats.var), alone.var, rtol=1e-12)
 
 
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_a_file_of_state_on_another_library(suffix: str, tmp_path: Path, torch: Any) -> None:
+    """It is read into NumPy."""
+    if suffix == "safetensors":
+        pytest.importorskip(
+            "safetensors", reason="safetensors is not installed: files of torch's state are not verified"
+        )
+    stats = bn.RunningStats(3, like=torch.empty(0))
+    bn.batch_norm(np.arange(12.0).reshape(4, 3), stats=stats)
+    stats.save(tmp_path / f"stats.{suffix}")
+    read = bn.RunningStats.load(tmp_path / f"stats.{suffix}")
+    assert type(read.mean) is np.ndarray
+    np.testing.assert_array_equal(read.mean, stats.mean.numpy())
+    np.testing.assert_array_equal(read.var, stats.var.numpy())
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_recomputation(frozen: bool, torch: Any) -> None:
     """A forward pass that is done again for its gradients updates once, if the second time is frozen."""

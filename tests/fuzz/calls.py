@@ -252,13 +252,15 @@ def _watched(call: Call, *states: bn.RunningStats) -> Iterator[list[warnings.War
             raise
 
 
-def _expect_refusal(call: Call, run: Callable[[], Any], *states: bn.RunningStats) -> None:
+def _expect_refusal(
+    call: Call, run: Callable[[], Any], *states: bn.RunningStats, kinds: tuple[type[Exception], ...] = REFUSALS
+) -> None:
     tally[f"refused: {call.wrong}"] += 1
     said = ""
     try:
         with _watched(call, *states):
             run()
-    except REFUSALS as error:
+    except kinds as error:
         said = str(error)
     assert said, f"{call.wrong} was not refused, or without a word"
 
@@ -850,6 +852,76 @@ def folded(r: Random) -> None:
     assert not memory.changed()
 
 
+_SYSTEMS = {
+    "torch": ("weight", "bias", "running_mean", "running_var"),
+    "keras": ("gamma", "beta", "moving_mean", "moving_variance"),
+    "flax": ("scale", "bias", "mean", "var"),
+    "chainer": ("gamma", "beta", "avg_mean", "avg_var"),
+    "onnx": ("scale", "B", "input_mean", "input_var"),
+}
+
+
+def conversions(r: Random) -> None:
+    """Mappings of other systems' arrays: layers that evaluate as the formula says, and back; or one thing wrong."""
+    system, rng, features = r.choice(list(_SYSTEMS)), _numpy(r), r.randint(1, 5)
+    names = _SYSTEMS[system]
+    drawn = (
+        rng.normal(size=features),
+        rng.normal(size=features),
+        rng.normal(0, 3, features),
+        rng.uniform(0.1, 4, features),
+    )
+    source: Any = {
+        name: array.astype(r.choice([np.float32, np.float64])) for name, array in zip(names, drawn, strict=True)
+    }
+    weight, bias, mean, var = (source[name].astype(np.float64) for name in names)
+    keywords: dict[str, Any] = {"eps": r.choice([0.1, 1e-3]), "update_rate": r.choice([0.0, 0.3, 1.0])}
+    convert = getattr(bn.convert, f"from_{system}")
+    if r.random() < 0.5:
+        name = r.choice(names)
+        bad = [
+            None,
+            "a",
+            [1.0],
+            1.0,
+            np.ones(features + 1),
+            np.ones((features, 2)),
+            np.ones(features, int),
+            np.ma.ones(3),
+        ]
+        wrong = r.choice(["missing", "array", "variance", "eps", "rate", "no eps", "momentum", "kind", "like"])
+        if wrong == "missing":
+            del source[name]
+        elif wrong == "array":
+            source[name] = r.choice(bad)
+        elif wrong == "variance":
+            source[names[3]] = r.choice([-source[names[3]], np.full(features, np.nan), np.full(features, np.inf)])
+        elif wrong == "kind":
+            source = r.choice([None, 1, [], "model", list(source.items()), object()])
+        elif wrong == "no eps":
+            keywords["eps"] = None
+        else:
+            key, values = {
+                "eps": ("eps", [-1, np.nan, "1", [1]]),
+                "rate": ("update_rate", [-0.1, 1.1, np.nan, "1", [1]]),
+                "momentum": ("momentum", [0.1, 0.9, "a"]),
+                "like": ("like", [1, "numpy", [1.0]]),
+            }[wrong]
+            keywords[key] = r.choice(values)
+        call = Call(Memory(r), np.zeros(0), (), wrong=f"from_{system}, {wrong}")
+        _expect_refusal(call, lambda: convert(source, **keywords), kinds=(*REFUSALS, KeyError))
+        return
+    tally[f"from_{system}, to_{system}"] += 1
+    layer = convert(source, **keywords)
+    x = rng.normal(size=(6, features))
+    expected = (x - mean) / np.sqrt(var + keywords["eps"]) * weight + bias
+    np.testing.assert_allclose(layer.eval()(x), expected, rtol=1e-9, atol=1e-9)
+    made = getattr(bn.convert, f"to_{system}")(layer).arrays
+    flat = made["params"] | made["batch_stats"] if system == "flax" else made
+    for name, array in source.items():
+        np.testing.assert_array_equal(flat[name], array)
+
+
 def population(r: Random) -> None:
     """The statistics of the whole data, in any partition and order, with empty batches."""
     tally["population_stats"] += 1
@@ -932,7 +1004,7 @@ CALLS: dict[str, Callable[[Random], None]] = {
     each.__name__: each
     for each in (
         *(forward_and_backward, moments_of_parts, moments_made_by_hand, huge_arrays, repeated_values),
-        *(running_stats, layers, folded, population, files),
+        *(running_stats, layers, folded, conversions, population, files),
     )
 }
 

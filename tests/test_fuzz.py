@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from random import Random
 
 import numpy as np
@@ -61,6 +62,25 @@ bn.moments(wrong, axis=())
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "1.0\n"
     assert done.returncode == -11
+
+
+def test_checked_kernels_find_an_index_that_is_out_of_bounds(run_python: Callable[..., str]) -> None:
+    """In scratch memory, whose arrays lie next to one another: no page tells them apart, but ``--bounds`` does."""
+    code = """
+import numpy as np
+from numba import types
+from bnarray.kernels.cpu.compiled import Kernel, scratch
+from bnarray.kernels.cpu.memory import carve, room_in
+def beyond(scratch):
+    array, room = carve(room_in(scratch), 5, 0.0)
+    array[array.size] = 1
+try:
+    Kernel("beyond", types.void(scratch), beyond).call(np.zeros(4096, np.uint8))
+except IndexError as error:
+    print(error)
+"""
+    assert run_python(code, NUMBA_BOUNDSCHECK="1") == "index is out of bounds\n"
+    assert run_python(code, NUMBA_BOUNDSCHECK="0") == ""
 
 
 @pytest.mark.parametrize("seed", range(5))

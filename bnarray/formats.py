@@ -245,6 +245,8 @@ def opened(path: Path, member: str | None = None) -> Iterator[dict[str, Source]]
         file.seek(0)
         if magic.startswith(b"PK"):
             archive = stack.enter_context(_Archive(path))
+            if encrypted := [each.filename for each in archive.infolist() if each.flag_bits & 1]:
+                raise ValueError(f"{place} has members that are encrypted: {', '.join(encrypted)}")
             sources: dict[str, Source] = {}
             for name in archive.members() if member is None else [member]:
                 info = archive.info(name)

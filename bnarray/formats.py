@@ -250,7 +250,10 @@ def opened(path: Path, member: str | None = None) -> Iterator[dict[str, Source]]
             sources: dict[str, Source] = {}
             for name in archive.members() if member is None else [member]:
                 info = archive.info(name)
-                stream = stack.enter_context(archive.open(info))
+                try:
+                    stream = stack.enter_context(archive.open(info))
+                except OSError as error:  # of a place before the file's beginning
+                    raise ValueError(f"{place} is a damaged archive: {name} cannot be read ({error})") from error
                 if member is not None or stream.read(6) == np.lib.format.MAGIC_PREFIX:
                     stream.seek(0)
                     source = _Npy(stream, f"{place}:{name}", info.file_size)

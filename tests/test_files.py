@@ -256,6 +256,9 @@ def test_mistakes_leave_the_older_output(tmp_path: Path) -> None:
     locked[6] |= 1
     locked[locked.index(b"PK\1\2") + 8] |= 1
     (tmp_path / "locked.npz").write_bytes(locked)
+    placed = bytearray(archive.read_bytes())
+    placed[placed.index(b"PK\5\6") + 18] ^= 0x80  # where the directory begins: members seem to lie before the file
+    (tmp_path / "placed.npz").write_bytes(placed)
     damaged = bytearray(archive.read_bytes())
     damaged[5000] ^= 255
     (tmp_path / "damaged.npz").write_bytes(damaged)
@@ -283,6 +286,7 @@ def test_mistakes_leave_the_older_output(tmp_path: Path) -> None:
         ("cut.npz", {"member": "x"}, ValueError, "damaged"),
         ("damaged.npz", {"member": "x"}, ValueError, "damaged"),
         ("locked.npz", {"member": "x"}, ValueError, "encrypted: x.npy"),
+        ("placed.npz", {"member": "x"}, ValueError, "damaged"),
         ("folder", {}, ValueError, "holds no zarr array"),
     ]
     for src, options, kind, message in cases:

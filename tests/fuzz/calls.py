@@ -962,6 +962,9 @@ def files(r: Random) -> None:
     src, dst = _folder() / "x.npy", _folder() / "y.npy"
     np.save(src, x)
     if r.random() < 0.4:
+        if r.random() < 0.5:
+            src, dst = _folder() / "x.npz", _folder() / r.choice(["y.npz", "y.npy"])
+            r.choice([np.savez, np.savez_compressed])(src, x=x, other=np.arange(3))
         _judge_damaged_array(r, src, dst)
         return
     tally["files"] += 1
@@ -980,9 +983,10 @@ def files(r: Random) -> None:
 
 def _judge_damaged_array(r: Random, src: Path, dst: Path) -> None:
     tally["damaged arrays"] += 1
+    member = "x" if (src.suffix, dst.suffix) == (".npz", ".npy") else None
     data = bytearray(src.read_bytes())
     for _ in range(r.randint(1, 3)):
-        at = r.randrange(min(len(data), 130))
+        at = r.randrange(min(len(data), 130) if src.suffix == ".npy" else len(data))
         if r.random() < 0.3:
             del data[at:]
         elif r.random() < 0.5 and len(data) > at:
@@ -993,7 +997,7 @@ def _judge_damaged_array(r: Random, src: Path, dst: Path) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            bn.normalize_file(src, dst, axis=(), force=True)
+            bn.normalize_file(src, dst, axis=(), force=True, member=member)
     except (*REFUSALS, OSError, MemoryError):
         assert dst.read_bytes() == b"before", "a file was replaced by a call that raised"
         assert {each.name for each in _folder().iterdir() if each.name.startswith(".")} == set()

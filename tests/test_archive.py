@@ -68,6 +68,14 @@ def test_there_and_back(path: Path, update_rate: float | None, shape: Any, maske
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 
+def test_exact_variances_to_the_bit(path: Path) -> None:
+    """As they were loaded from elsewhere, not as their sums of squares, which are saved too, would have them again."""
+    stats, var = bn.RunningStats(500, update_rate=None), np.random.default_rng(0).uniform(0.5, 3, 500)
+    stats.load_state_dict(stats.state_dict() | {"running_var": var, "count": 7, "num_updates": 3})
+    stats.save(path)
+    np.testing.assert_array_equal(bn.RunningStats.load(path).var, var)
+
+
 def test_paths_of_bytes(path: Path) -> None:
     _stats().save(os.fsencode(path))
     _assert_equal(bn.RunningStats.load(os.fsencode(path)), _stats())

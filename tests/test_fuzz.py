@@ -113,11 +113,11 @@ def test_wrong_answers_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         for seed in range(300):
             try:
                 calls.CALLS[name](Random(seed))
-            except AssertionError:
+            except Exception:
                 return True
         return False
 
-    assert not found("moments_of_parts")
+    assert not found("forward_and_backward")
     right = bn.batch_norm
 
     def slightly_off(x: np.ndarray, *arguments: object, **keywords: object) -> np.ndarray:

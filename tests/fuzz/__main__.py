@@ -7,7 +7,6 @@ import argparse
 import faulthandler
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -40,7 +39,6 @@ def _child(first: int, last: int, folder: Path) -> None:
             if seed % 100 == 0 or seed == last - 1:
                 (folder / "tally").write_text(json.dumps(calls.tally))
     faulthandler.cancel_dump_traceback_later()
-    shutil.rmtree(calls._folder())
 
 
 def run(first: int, calls: int, seconds: float, bounds: bool) -> tuple[int, dict[str, int], list[str]]:

@@ -615,8 +615,13 @@ def repeated_values(r: Random) -> None:
 
 
 @cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    """A folder that goes when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="bnarray-fuzz-")
+
+
 def _folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="bnarray-fuzz-"))
+    return Path(_temporary().name)
 
 
 def _moments(r: Random, features: tuple[int, ...]) -> bn.Moments:

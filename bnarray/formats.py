@@ -126,7 +126,9 @@ class _Npy:
             if version not in readers:
                 raise ValueError(f"version {version} of the format is for arrays with named fields")
             shape, self.is_fortran, self.dtype = readers[version](file)
-        except (ValueError, EOFError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # NumPy has a parser read the header, whose errors are of its own kinds
             raise ValueError(f"{name} is no .npy file, or a damaged one: {error}") from error
         if self.dtype.hasobject:
             raise TypeError(f"{name} holds Python objects; it should hold real floating numbers")
@@ -243,10 +245,15 @@ def opened(path: Path, member: str | None = None) -> Iterator[dict[str, Source]]
         file.seek(0)
         if magic.startswith(b"PK"):
             archive = stack.enter_context(_Archive(path))
+            if encrypted := [each.filename for each in archive.infolist() if each.flag_bits & 1]:
+                raise ValueError(f"{place} has members that are encrypted: {', '.join(encrypted)}")
             sources: dict[str, Source] = {}
             for name in archive.members() if member is None else [member]:
                 info = archive.info(name)
-                stream = stack.enter_context(archive.open(info))
+                try:
+                    stream = stack.enter_context(archive.open(info))
+                except OSError as error:  # of a place before the file's beginning
+                    raise ValueError(f"{place} is a damaged archive: {name} cannot be read ({error})") from error
                 if member is not None or stream.read(6) == np.lib.format.MAGIC_PREFIX:
                     stream.seek(0)
                     source = _Npy(stream, f"{place}:{name}", info.file_size)

@@ -652,12 +652,20 @@ class RunningStats:
         return backend(like).widen(backend(like).convert(array, like))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything to a file (``.npz``, without pickles), beside its place and then renamed.
+        """Write everything to a file, beside its place and then renamed: at any moment it is the old one or the new.
+
+        Parameters
+        ----------
+        path
+            A name that ends in ``.safetensors`` chooses that format (``pip install 'bnarray[safetensors]'``); under any
+            other name the file is an ``.npz``, without pickles.
 
         Raises
         ------
         OSError
             If the file cannot be written; an older one is then as it was.
+        ImportError
+            If the format's package is not installed.
         """
         state = self._state
         verbs = backend(state.mean)
@@ -678,12 +686,16 @@ class RunningStats:
     def load(path: str | os.PathLike[str]) -> "RunningStats":
         """Read what `save` wrote, into NumPy (see `to`).
 
+        A file may come from anywhere: nothing in it is run, and the memory taken is a small multiple of its size.
+
         Raises
         ------
         OSError
             If the file cannot be read.
+        ImportError
+            If the package of its format is not installed.
         ValueError
-            If it is damaged, of an unknown version, or no saved statistics.
+            If it is damaged, of an unknown version, no saved statistics, or holds what no statistics are.
         """
         arrays, settings = load("_archive").read(path)
         try:
@@ -700,8 +712,9 @@ class RunningStats:
         stats.load_state_dict(dict(zip(_FIELDS, saved, strict=True)))
         if stats._update_rate is None:
             moments = Moments(count, arrays["mean"], stats._loaded(arrays["m2"], "m2"))
-            var = backend(moments.m2).variance(moments.count, moments.m2, stats._correction, 1.0)
-            stats._state = stats._held(stats._state._replace(m2=moments.m2, var=var))
+            if stats._nonfinite != "propagate" and not backend(moments.m2).is_finite(moments.m2):
+                raise ValueError("m2 holds a NaN or an infinity")
+            stats._state = stats._held(stats._state._replace(m2=moments.m2))
         return stats
 
 

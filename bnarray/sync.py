@@ -5,6 +5,7 @@ whether one raised before it came here: then all raise, and nobody waits for num
 numbers of each feature. Every member merges them in the order of ranks, so that all have the same bits.
 """
 
+import operator
 from contextlib import suppress
 from functools import lru_cache, reduce
 from hashlib import blake2b
@@ -87,15 +88,18 @@ class _Own:
 
     def __init__(self, group: Any) -> None:
         self._group = group
-        self.rank, self.size = group.rank, group.size
-        if not (isinstance(self.rank, int) and isinstance(self.size, int) and 0 <= self.rank < self.size):
+        try:
+            self.rank, self.size = operator.index(group.rank), operator.index(group.size)
+        except TypeError:
+            self.rank = self.size = 0
+        if not 0 <= self.rank < self.size:
             raise ValueError(
-                f"group has rank {self.rank!r} and size {self.size!r}; they should be integers, the rank from 0 and "
+                f"group has rank {group.rank!r} and size {group.size!r}; they should be integers, the rank from 0 and "
                 f"below the size"
             )
 
     def allgather(self, array: Floats) -> Floats:
-        rows = np.asarray(self._group.allgather(array), np.float64)
+        rows = np.array(self._group.allgather(array), np.float64)  # a copy: the group may gather into it again
         if rows.shape != (self.size, array.size):
             raise ValueError(
                 f"group.allgather returned an array of shape {rows.shape}; it should be one row a member, "

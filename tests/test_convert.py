@@ -276,6 +276,11 @@ def test_to_keras(affine: bool, axis: int) -> None:
 
 def test_what_keras_means_otherwise() -> None:
     keras = _installed("keras")
+    still = _trained_keras(-1)
+    still.trainable = False  # which evaluates in training too
+    layer, x = bn.convert.from_keras(still), _draw(*_shape(-1, 4), axis=-1, seed=9)
+    _assert_close(layer(x), _Keras(still).train(x), "training")
+    assert layer.stats.num_updates == 0
     with pytest.raises(ValueError, match="not built"):
         bn.convert.from_keras(keras.layers.BatchNormalization())
     with pytest.raises(ValueError, match=r"no gamma.*with gamma of ones"):
@@ -655,8 +660,21 @@ def test_nodes_that_cannot_be_had(attributes: dict[str, Any], outputs: int, mess
     )
     with pytest.raises(ValueError, match=message):
         bn.convert.from_onnx(node, {})
-    node.op_type = "LayerNormalization"
+    node.domain = "com.example"
+    with pytest.raises(ValueError, match=r"com\.example\.BatchNormalization"):
+        bn.convert.from_onnx(node, {})
+    node.domain, node.op_type = "", "LayerNormalization"
     with pytest.raises(ValueError, match="LayerNormalization"):
+        bn.convert.from_onnx(node, {})
+
+
+def test_a_node_inside_a_function() -> None:
+    """Its attributes are the function's, and look like zeros in the node."""
+    onnx = _installed("onnx")
+    node = onnx.helper.make_node("BatchNormalization", ["x", "a", "b", "c", "d"], ["y"])
+    kind = onnx.AttributeProto.FLOAT
+    node.attribute.append(onnx.AttributeProto(name="epsilon", ref_attr_name="eps", type=kind))
+    with pytest.raises(ValueError, match="node has epsilon from the function"):
         bn.convert.from_onnx(node, {})
 
 
@@ -761,8 +779,9 @@ def test_corrections(system: str) -> None:
     factor = n / (n - 1) if own else (n - 1) / n
     np.testing.assert_allclose(_variance(TO[system](other, count=n)[-1]).ravel(), other.stats.var * factor, rtol=1e-15)
     np.testing.assert_array_equal(_variance(TO[system](other, frozen=True)[-1]).ravel(), other.stats.var)
-    with pytest.raises(ValueError, match="count is 1; it should exceed"):
-        TO[system](other, count=1)
+    for count in (1, 0, -5, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"count is {count}; it should be a number above"):
+            TO[system](other, count=count)
     kept = _layer(correction=own)
     np.testing.assert_array_equal(_variance(TO[system](kept, count=n)[-1]).ravel(), kept.stats.var)
 

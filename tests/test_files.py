@@ -252,6 +252,13 @@ def test_mistakes_leave_the_older_output(tmp_path: Path) -> None:
     archive = tmp_path / "x.npz"
     np.savez(archive, x=x)
     (tmp_path / "cut.npz").write_bytes(archive.read_bytes()[:-30])
+    locked = bytearray(archive.read_bytes())
+    locked[6] |= 1
+    locked[locked.index(b"PK\1\2") + 8] |= 1
+    (tmp_path / "locked.npz").write_bytes(locked)
+    placed = bytearray(archive.read_bytes())
+    placed[placed.index(b"PK\5\6") + 18] ^= 0x80  # where the directory begins: members seem to lie before the file
+    (tmp_path / "placed.npz").write_bytes(placed)
     damaged = bytearray(archive.read_bytes())
     damaged[5000] ^= 255
     (tmp_path / "damaged.npz").write_bytes(damaged)
@@ -278,6 +285,8 @@ def test_mistakes_leave_the_older_output(tmp_path: Path) -> None:
         ("text.npy", {}, ValueError, "neither"),
         ("cut.npz", {"member": "x"}, ValueError, "damaged"),
         ("damaged.npz", {"member": "x"}, ValueError, "damaged"),
+        ("locked.npz", {"member": "x"}, ValueError, "encrypted: x.npy"),
+        ("placed.npz", {"member": "x"}, ValueError, "damaged"),
         ("folder", {}, ValueError, "holds no zarr array"),
     ]
     for src, options, kind, message in cases:

@@ -109,3 +109,23 @@ def test_any_partition_merges_to_the_whole(data: st.DataObject) -> None:
     np.testing.assert_allclose(np.broadcast_to(merged.count, whole.mean.shape), whole.count, rtol=1e-12)
     np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-12, atol=1e-13 * scale)
     np.testing.assert_allclose(merged.m2, whole.m2, rtol=1e-5, atol=1e-10 * scale**2)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_order_of_batches_is_the_population(data: st.DataObject) -> None:
+    """In batches of any sizes, empty ones too, by one state or by several that are merged."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    x = rng.normal(rng.normal(0, 100, 3), rng.uniform(0.1, 9, 3), (data.draw(st.integers(2, 300)), 3))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(x)), max_size=12)))
+    batches = data.draw(st.permutations(np.split(x, cuts)))
+    workers = [bn.RunningStats(3, update_rate=None) for _ in range(data.draw(st.integers(1, 4)))]
+    for batch in batches:
+        bn.batch_norm(batch, stats=data.draw(st.sampled_from(workers)))
+    first, *others = data.draw(st.permutations(workers))
+    for other in others:
+        first.merge(other)
+    np.testing.assert_allclose(first.mean, x.mean(axis=0), rtol=1e-12, atol=1e-12 * abs(x).max())
+    np.testing.assert_allclose(first.var, x.var(axis=0, ddof=1), rtol=1e-12)
+    assert first.count == len(x)
+    assert first.num_updates == sum(len(batch) > 0 for batch in batches)

@@ -119,6 +119,34 @@ def test_state(name: str) -> None:
             np.testing.assert_allclose(evaluated, y, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("home", ["its own", "numpy"])
+@pytest.mark.parametrize("name", NAMES)
+def test_nonfinite(name: str, home: str) -> None:
+    """A bad batch is skipped with a warning, refused, or taken in; wherever the statistics live."""
+    good = np.random.default_rng(0).normal(2, 3, (8, 4)).astype(np.float32)
+    bad = good.copy()
+    bad[3, 1] = np.inf
+    with opened(name) as (of,):
+        for nonfinite in ("skip", "raise", "propagate"):
+            like = of.make(good) if home == "its own" else good
+            stats = bn.RunningStats(4, nonfinite=nonfinite, like=like)
+            bn.batch_norm(of.make(good), stats=stats)
+            before = stats._state
+            if nonfinite == "skip":
+                with pytest.warns(RuntimeWarning, match="num_skipped"):
+                    bn.batch_norm(of.make(bad), stats=stats)
+                assert stats._state == before._replace(num_skipped=1)
+            elif nonfinite == "raise":
+                with pytest.raises(FloatingPointError, match="NaN or an infinity"):
+                    bn.batch_norm(of.make(bad), stats=stats)
+                assert stats._state is before
+            else:
+                bn.batch_norm(of.make(bad), stats=stats)
+                finite = np.isfinite(stats.to(good).mean)
+                np.testing.assert_array_equal(finite, [True, False, True, True])
+                assert (stats.num_updates, stats.num_skipped) == (2, 0)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_bad_arguments(name: str) -> None:
     x = np.ones((4, 3), np.float32)

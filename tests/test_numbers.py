@@ -254,3 +254,34 @@ def test_gradients_too_small_for_their_dtype_are_zero() -> None:
     with np.errstate(all="raise"):
         gradients = bn.batch_norm_backward(np.full(x.shape, 1e-12), saved)
     np.testing.assert_allclose(gradients.weight.astype(float), 0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "is_close"),
+    [
+        *((65504.0, 65516.0, True), (np.inf, 65516.0, True), (np.inf, 65530.0, True), (65504.0, 65530.0, True)),
+        *((np.inf, 65000.0, False), (65504.0, 1e6, False), (np.inf, 1e6, True), (-np.inf, 1e6, False)),
+        *((-np.inf, 65530.0, False), (np.nan, 3.0, False), (np.nan, np.nan, True), (3.0, np.nan, False)),
+    ],
+)
+def test_what_is_close_where_numbers_end(actual: float, expected: float, is_close: bool) -> None:
+    """Beyond half of the last place is infinity; the reference is as far from there as the result may be."""
+    values = np.array([actual], np.float16), np.array([expected]), np.array([1.0])
+    if is_close:
+        assert_close(*values, TOLERANCES["float16"], 4)
+    else:
+        with pytest.raises(AssertionError):
+            assert_close(*values, TOLERANCES["float16"], 4)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_the_reference_adds_exactly(order: str) -> None:
+    """In any order of memory: one by one, 8194 values would be wrong in the 13th digit."""
+    x = np.asarray(np.random.default_rng(0).integers(-2, 3, (4097, 5, 2)).astype(np.float64), order=order)
+    exact = x.astype(np.longdouble)
+    mean = exact.mean(axis=(0, 2), keepdims=True)
+    truth = reference(x, x, (1,))
+    np.testing.assert_allclose(truth.mean, mean.astype(np.float64), rtol=1e-14)
+    np.testing.assert_allclose(
+        truth.var.ravel(), ((exact - mean) ** 2).mean(axis=(0, 2)).astype(np.float64), rtol=1e-15
+    )

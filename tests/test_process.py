@@ -1,7 +1,9 @@
 """The user's process: threads, forks, determinism, memory, interruptions."""
 
+import linecache
 import os
 import signal
+import sys
 import threading
 import time
 import tracemalloc
@@ -14,6 +16,9 @@ import numpy as np
 import pytest
 
 import bnarray as bn
+from bnarray.backends import _strided, generic
+from bnarray.backends import numpy as backend
+from bnarray.kernels.cpu import pool
 from tests.cases import LAYOUTS, OPTIONS, draw
 
 BIG = [((32, 24, 40, 41), (1,)), ((60_000, 24), (1,)), ((24, 60_000), (0,)), ((1_400_000,), ())]
@@ -302,6 +307,110 @@ def test_interruption_leaves_the_state() -> None:
     assert stats.num_updates in (0, 1)
     assert (stats.num_updates == 0) == (stats.count == 0) == bool((stats.mean == 0).all())
     np.testing.assert_array_equal(bn.batch_norm(x), bn.batch_norm(x))
+
+
+def _interrupted(call: Callable[[], Any], at: int) -> bool:
+    """Make a call, with a KeyboardInterrupt before the line of the library that is executed as number `at`.
+
+    Not on the line of a `with`, which is executed again when its block ends: there no signal is delivered before the
+    context is left.
+    """
+    place, lines = os.path.dirname(bn.__file__), 0
+
+    def trace(frame: Any, event: str, argument: object) -> Any:
+        nonlocal lines
+        if not frame.f_code.co_filename.startswith(place):
+            return None
+        if event == "line" and not linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith(
+            "with "
+        ):
+            lines += 1
+            if lines == at:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("size", [6, 300_000], ids=["alone", "with helpers"])
+@pytest.mark.parametrize("update_rate", [0.1, None])
+def test_interrupted_at_any_line(update_rate: float | None, size: int) -> None:
+    """The state is the one before, or (from the last lines on) the one after; and nothing is left locked."""
+    x = np.random.default_rng(0).normal(size=(size, 3))
+    stats, m = bn.RunningStats(3, update_rate=update_rate), bn.moments(x)
+    y = bn.batch_norm(x, stats=stats)
+    before, after, at = stats._state, stats.updated(m), 1
+    old = 0
+    while _interrupted(lambda: bn.batch_norm(x, stats=stats), at):
+        if stats._state is before:
+            old += 1
+        else:
+            assert (stats.count, stats.num_updates) == (after.count, after.num_updates)
+            np.testing.assert_array_equal(stats.mean, after.mean)
+            np.testing.assert_array_equal(stats.var, after.var)
+            stats._state = before
+        at += 1
+    assert old > at - 6
+    assert at > 100
+    elsewhere = threading.Thread(target=stats.update, args=(m,), daemon=True)
+    elsewhere.start()
+    elsewhere.join(20)
+    assert stats.num_updates == 3
+    np.testing.assert_array_equal(bn.batch_norm(x), y)
+
+
+class _OutOfMemory:
+    """NumPy, of which one allocation fails."""
+
+    def __init__(self, at: int) -> None:
+        self._left = at
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(np, name)
+        if name not in ("empty", "empty_like", "zeros", "array", "ascontiguousarray", "tile"):
+            return found
+        self._left -= 1
+        if self._left == 0:
+            raise MemoryError(name)
+        return found
+
+
+@pytest.mark.parametrize("size", [6, 300_000], ids=["alone", "with helpers"])
+@pytest.mark.parametrize("update_rate", [0.1, None])
+@pytest.mark.parametrize("masked", [False, True])
+def test_out_of_memory_anywhere(
+    update_rate: float | None, size: int, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever allocation fails, statistics are as before and the next call is right."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(size, 3))
+    call = {"weight": np.ones(3), "bias": np.ones(3), "where": rng.random((size, 3)) < 0.8 if masked else None}
+    stats = bn.RunningStats(3, update_rate=update_rate)
+    y, failed = bn.batch_norm(x, stats=stats, **call), 0
+    while True:
+        before = stats._state
+        with monkeypatch.context() as patched:
+            for module in (_strided, backend, generic, pool):
+                patched.setattr(module, "np", _OutOfMemory(failed + 1))
+            # Each module fails at its own allocation of this number; the first to come decides.
+            try:
+                bn.batch_norm(x, stats=stats, **call)
+            except MemoryError:
+                assert stats._state is before
+                failed += 1
+            else:
+                break
+    assert failed >= 3
+    np.testing.assert_array_equal(bn.batch_norm(x, stats=stats, **call), y)
+    assert stats.num_updates == 3
 
 
 def test_many_interruptions(run_python: Callable[..., str]) -> None:

@@ -51,6 +51,108 @@ def test_train_evaluate_save_and_copy_at_once(tmp_path: Path) -> None:
     check(stats)
 
 
+@pytest.mark.parametrize("update_rate", [0.5, None])
+def test_an_update_amid_another(update_rate: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes between a look at the state and its replacement, nothing is lost."""
+    x, y, z = np.random.default_rng(0).normal(size=(3, 8, 2))
+    stats, expected = (bn.RunningStats(2, update_rate=update_rate) for _ in range(2))
+    others = [bn.moments(y), bn.moments(z)]
+    after = bn.RunningStats._after
+
+    def interrupted(self: bn.RunningStats, *arguments: Any, **keywords: Any) -> Any:
+        if others:
+            self.update(others.pop(0))
+        return after(self, *arguments, **keywords)
+
+    monkeypatch.setattr(bn.RunningStats, "_after", interrupted)
+    stats.update(bn.moments(x))
+    monkeypatch.undo()
+    for each in (z, y, x):
+        expected.update(bn.moments(each))
+    assert (stats.num_updates, stats.count) == (3, 24)
+    np.testing.assert_allclose(stats.mean, expected.mean, rtol=1e-12)
+    np.testing.assert_allclose(stats.var, expected.var, rtol=1e-12)
+
+
+class _Restless(bn.RunningStats):
+    """Between any two looks at its state, somebody has replaced it."""
+
+    @property
+    def _state(self) -> Any:
+        state = self.__dict__["_state"]
+        self.__dict__["_state"] = self._next[state.num_updates % 2]
+        return state
+
+    @_state.setter
+    def _state(self, state: Any) -> None:
+        self.__dict__["_state"] = state
+
+
+@pytest.mark.parametrize("update_rate", [0.5, None])
+def test_every_reader_looks_once(update_rate: float | None, tmp_path: Path) -> None:
+    """Mean, variance and counts are those of one and the same update, wherever they are read together."""
+    states = []
+    for number, scale in ((4, 1.0), (5, 10.0)):
+        each = bn.RunningStats(2, update_rate=update_rate, correction=0)
+        m = bn.Moments(number, np.full(2, scale), np.full(2, scale**2 * number))
+        each.load_state_dict(each.updated(m).state_dict() | {"num_updates": number})
+        each._state = each._state._replace(mean=m.mean, var=m.var())
+        states.append(each._state)
+    stats = _Restless(2, update_rate=update_rate, correction=0)
+    stats._next = [states[1], states[0]]  # by the parity of num_updates
+
+    def check(mean: Any, var: Any, count: Any, num_updates: int) -> None:
+        assert count == num_updates
+        np.testing.assert_array_equal(mean, {4: 1.0, 5: 10.0}[count])
+        np.testing.assert_allclose(var, mean**2)
+
+    def check_all(other: bn.RunningStats) -> None:
+        check(*other.mean_and_var(), other.count, other.num_updates)
+
+    x = np.array([[11.0, 2.0]])
+    for path in (tmp_path / "stats.npz", tmp_path / "again.npz"):
+        stats._state = states[path.name == "again.npz"]
+        for _ in range(2):
+            mean, var = stats.mean_and_var()
+            np.testing.assert_allclose(var, mean**2)
+            d = stats.state_dict()
+            check(d["running_mean"], d["running_var"], d["count"], d["num_updates"])
+            check_all(stats.to(x))
+            stats.save(path)
+            check_all(bn.RunningStats.load(path))
+            y = bn.batch_norm(x, stats=stats, training=False, eps=0)
+            assert min(abs(y - (x - mean) / mean).max() for mean in (1.0, 10.0)) < 1e-12
+            check_all(stats.copy())
+    stats.__class__ = bn.RunningStats
+
+
+def test_a_fork_amid_an_update(run_python: Callable[..., str]) -> None:
+    """It waits until no thread is exchanging a state, so that the child finds nothing locked."""
+    code = """
+import os, signal, threading, time, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # a fork of a process with threads
+import numpy as np, bnarray as bn
+from bnarray import stats as module
+stats, m = bn.RunningStats(2), bn.moments(np.ones((3, 2)))
+stats.update(m)
+held, slow = threading.Event(), 0.3
+def update():
+    with module._replacing:
+        held.set()
+        time.sleep(slow)
+thread = threading.Thread(target=update)
+thread.start()
+held.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    stats.update(m)
+    os._exit(stats.num_updates)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert run_python(code) == "2\n"
+
+
 def test_two_layers_share_a_state() -> None:
     stats = bn.RunningStats(3, update_rate=None)
     layers = [bn.BatchNorm(3, stats=stats) for _ in range(2)]
@@ -88,6 +190,22 @@ def test_libraries_in_turn(home: str, torch: Any) -> None:
     assert stats.num_updates == 10
     np.testing.assert_allclose(np.asarray(stats.mean), alone.mean, rtol=1e-12)
     np.testing.assert_allclose(np.asarray(stats.var), alone.var, rtol=1e-12)
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_a_file_of_state_on_another_library(suffix: str, tmp_path: Path, torch: Any) -> None:
+    """It is read into NumPy."""
+    if suffix == "safetensors":
+        pytest.importorskip(
+            "safetensors", reason="safetensors is not installed: files of torch's state are not verified"
+        )
+    stats = bn.RunningStats(3, like=torch.empty(0))
+    bn.batch_norm(np.arange(12.0).reshape(4, 3), stats=stats)
+    stats.save(tmp_path / f"stats.{suffix}")
+    read = bn.RunningStats.load(tmp_path / f"stats.{suffix}")
+    assert type(read.mean) is np.ndarray
+    np.testing.assert_array_equal(read.mean, stats.mean.numpy())
+    np.testing.assert_array_equal(read.var, stats.var.numpy())
 
 
 @pytest.mark.parametrize("frozen", [True, False])

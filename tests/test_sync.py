@@ -307,6 +307,31 @@ def test_one_member() -> None:
     np.testing.assert_array_equal(y, bn.batch_norm(x))
 
 
+class _OneBuffer:
+    """A group of one that gathers into the same memory again and again; its numbers are NumPy's."""
+
+    rank, size = np.int64(0), np.int32(1)
+
+    def __init__(self) -> None:
+        self._rows = np.empty((1, 100))
+
+    def allgather(self, array: np.ndarray) -> np.ndarray:
+        self._rows[0, : array.size] = array
+        return self._rows[:, : array.size]
+
+
+def test_a_group_that_gathers_into_its_own_memory() -> None:
+    x, other = np.random.default_rng(0).normal(size=(2, 9, 4))
+    group, stats = _OneBuffer(), bn.RunningStats(4, update_rate=None)
+    m = bn.moments(x, group=group)
+    _, saved = bn.batch_norm_forward(x, stats=stats, group=group)
+    bn.moments(other, group=group)
+    for found in (m.mean, saved.moments.mean, stats.mean):
+        np.testing.assert_array_equal(found, bn.moments(x).mean)
+    expected = bn.batch_norm_backward(x, bn.batch_norm_forward(x)[1])
+    np.testing.assert_allclose(bn.batch_norm_backward(x, saved).x, expected.x, rtol=1e-12, atol=1e-14)
+
+
 class _Wrong:
     rank, size = 0, 2
 
@@ -324,6 +349,10 @@ def test_what_is_no_group(training: bool) -> None:
     ):
         with pytest.raises(TypeError, match=message):
             bn.batch_norm(x, stats=stats, training=training, group=group)
+    unsaid = _Wrong()
+    unsaid.size = lambda: 2
+    with pytest.raises(ValueError, match="group has rank 0 and size <function"):
+        bn.batch_norm(x, stats=stats, training=training, group=unsaid)
     outside = _Wrong()
     outside.rank = 2
     with pytest.raises(ValueError, match="group has rank 2 and size 2"):

@@ -476,14 +476,15 @@ def number(array: Array) -> Any:
 
 
 def lowest(array: Count) -> float:
-    """Return the smallest number of an array (or the number) that is not 0; 0 if there is none; what is below
-    nothing (∞, or NaN) where the values are not known yet."""
+    """Return the smallest number of an array (or the number) that is neither 0 nor NaN; 0 if there is none; what is
+    below nothing (∞, or NaN) where the values are not known yet."""
     if isinstance(array, int | float):
         return array
     xp = array_namespace(array)
-    if not bool(xp.any(array != 0)):
+    counts = (array != 0) & (array == array)
+    if not bool(xp.any(counts)):
         return 0.0
-    return float(xp.min(xp.where(array != 0, array, xp.full_like(array, float("inf")))))
+    return float(xp.min(xp.where(counts, array, xp.full_like(array, float("inf")))))
 
 
 def refusal(

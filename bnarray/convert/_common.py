@@ -1,12 +1,16 @@
 """What the converters share: settings, arrays, and what must not be lost without a word."""
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any, NamedTuple
 
 from bnarray.dispatch import Array, backend
 from bnarray.layer import BatchNorm
 
 Axis = int | tuple[int, ...]
+
+#: What a system calls weight, bias, mean and variance.
+Names = tuple[str, str, str, str]
 
 
 class Converted(NamedTuple):
@@ -83,30 +87,21 @@ def array_of(value: Any, name: str) -> Array:
     return backend(value, name).check(value, name)
 
 
-def parameters(scale: Any, shift: Any, names: tuple[str, str]) -> dict[str, Any]:
-    """Return weight and bias by the names they have at the source.
-
-    Raises
-    ------
-    ValueError
-        If there is one of them only: the other would become one that training changes.
-    """
-    missing = [name for name, value in zip(names, (scale, shift), strict=True) if value is None]
-    if len(missing) == 2:
-        return {}
-    if missing:
-        neutral = "ones" if missing[0] == names[0] else "zeros"
+def _has_parameters(source: Mapping[str, Any], weight: str, bias: str) -> bool:
+    """Whether there are weight and bias; one alone would become two that training changes."""
+    missing = [name for name in (weight, bias) if source.get(name) is None]
+    if len(missing) == 1:
+        neutral = "ones" if missing[0] == weight else "zeros"
         raise ValueError(
             f"the layer has no {missing[0]}, and a BatchNorm has both weight and bias, or neither; pass a mapping with "
             f"{missing[0]} of {neutral}, which training will change too"
         )
-    return dict(zip(names, (scale, shift), strict=True))
+    return not missing
 
 
 def layer_of(
-    mean: tuple[str, Any],
-    var: tuple[str, Any],
-    affine: dict[str, Any],
+    source: Mapping[str, Any],
+    names: Names,
     settings: Settings,
     *,
     correction: float,
@@ -115,25 +110,26 @@ def layer_of(
     num_updates: Any = 0,
     training: bool = True,
 ) -> BatchNorm:
-    """Return the layer with arrays that have these names at the source."""
-    arrays = {name: array_of(value, name) for name, value in (mean, var, *affine.items())}
-    shape = tuple(arrays[mean[0]].shape)
-    for name, array in arrays.items():
+    """Return the layer with the arrays of a mapping."""
+    weight, bias, mean, var = names
+    own = {"running_mean": mean, "running_var": var}
+    if affine := _has_parameters(source, weight, bias):
+        own |= {"weight": weight, "bias": bias}
+    arrays = {field: array_of(entry(source, name), name) for field, name in own.items()}
+    shape = tuple(arrays["running_mean"].shape)
+    for field, array in arrays.items():
         if tuple(array.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(array.shape)}; it should have that of {mean[0]}, {shape}")
+            raise ValueError(f"{own[field]} has shape {tuple(array.shape)}; it should have that of {mean}, {shape}")
     layer = BatchNorm(
         shape,
         axis=settings.axis,
         eps=settings.eps,
         update_rate=0.0 if frozen else settings.update_rate,
         correction=correction,
-        affine=bool(affine),
+        affine=affine,
         like=like,
     )
-    weight_and_bias = zip(("weight", "bias"), (arrays[name] for name in affine), strict=False)
-    running = {"running_mean": arrays[mean[0]], "running_var": arrays[var[0]]}
-    counts = {"count": 0, "num_updates": num_updates, "num_skipped": 0}
-    layer.load_state_dict({**dict(weight_and_bias), **running, **counts})
+    layer.load_state_dict({**arrays, "count": 0, "num_updates": num_updates, "num_skipped": 0})
     return layer.train(training and not frozen)
 
 
@@ -216,6 +212,6 @@ def _factor(own: float, other: float, count: float | None, system: str) -> float
             f"layer keeps variances with correction {own:g} and {system} with {other:g}; pass count=, the elements per "
             f"feature of one batch, to convert them, or frozen=True for evaluation only"
         )
-    if not count > max(own, other):
-        raise ValueError(f"count is {count!r}; it should exceed the correction, {max(own, other):g}")
+    if not (isfinite(count) and count > max(own, other)):
+        raise ValueError(f"count is {count!r}; it should be a number above the correction, {max(own, other):g}")
     return (count - own) / (count - other)

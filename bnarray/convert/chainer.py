@@ -9,6 +9,7 @@ from bnarray.layer import BatchNorm
 from bnarray.stats import explains_momentum
 
 _CORRECTION = 1
+_NAMES = ("gamma", "beta", "avg_mean", "avg_var")
 
 
 @explains_momentum
@@ -65,14 +66,13 @@ def from_chainer(
         common.check_unstated(eps, update_rate)
         _check_link(link, frozen)
         settings = Settings(link.eps, common.complement(link.decay), _kept(link.axis, len(link.avg_var.shape)))
-        arrays = {name: getattr(link, name, None) for name in ("gamma", "beta", "avg_mean", "avg_var")}
+        arrays = {name: getattr(link, name, None) for name in _NAMES}
     else:
         settings = common.stated("link", link, eps, update_rate, axis)
         arrays = link
     return common.layer_of(
-        ("avg_mean", common.entry(arrays, "avg_mean")),
-        ("avg_var", common.entry(arrays, "avg_var")),
-        common.parameters(arrays.get("gamma"), arrays.get("beta"), ("gamma", "beta")),
+        arrays,
+        _NAMES,
         settings,
         correction=_CORRECTION,
         frozen=frozen,

@@ -10,6 +10,7 @@ from bnarray.layer import BatchNorm
 from bnarray.stats import explains_momentum
 
 _CORRECTION = 0
+_NAMES = ("scale", "bias", "mean", "var")
 
 
 @explains_momentum
@@ -70,9 +71,8 @@ def from_flax(
         settings = common.stated("source", source, eps, update_rate, axis)
         arrays = _flat(source)
     return common.layer_of(
-        ("mean", common.entry(arrays, "mean")),
-        ("var", common.entry(arrays, "var")),
-        common.parameters(arrays.get("scale"), arrays.get("bias"), ("scale", "bias")),
+        arrays,
+        _NAMES,
         settings,
         correction=_CORRECTION,
         frozen=frozen,
@@ -95,7 +95,7 @@ def _of_module(
             f"batch; pass frozen=True for evaluation only"
         )
     settings = Settings(module.epsilon, common.complement(module.momentum), module.axis)
-    return settings, {name: getattr(module, name) for name in ("scale", "bias", "mean", "var")}
+    return settings, {name: getattr(module, name) for name in _NAMES}
 
 
 def _flat(source: Mapping[str, Any]) -> dict[str, Any]:

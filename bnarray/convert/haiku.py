@@ -11,6 +11,7 @@ from bnarray.layer import BatchNorm
 from bnarray.stats import checked_number, explains_momentum
 
 _CORRECTION = 0
+_NAMES = ("scale", "offset", "mean_ema", "var_ema")
 
 #: What is left of the start in an average whose debiasing has come to an end: less than float32 can tell.
 _FORGOTTEN = 2.0**-25
@@ -78,8 +79,8 @@ def from_haiku(
         if not isinstance(given, Mapping):
             raise TypeError(f"{what} is a {type(given).__name__}; it should be a mapping")
     mean, var = (common.entry(state, f"{name}/~/{average}") for average in ("mean_ema", "var_ema"))
-    given = params.get(name, {})
-    affine = common.parameters(given.get("scale"), given.get("offset"), ("scale", "offset"))
+    averages = {"mean_ema": common.entry(mean, "average"), "var_ema": common.entry(var, "average")}
+    given = {each: array for each, array in params.get(name, {}).items() if each in _NAMES and array is not None}
     counter = int(common.entry(mean, "counter"))
     update_rate = checked_number(update_rate, "update_rate", most=1)
     if not frozen and not _is_forgotten(update_rate, counter):
@@ -88,9 +89,8 @@ def from_haiku(
             f"than update_rate={update_rate:g}; train on in Haiku, or pass frozen=True for evaluation only"
         )
     return common.layer_of(
-        ("mean_ema", _along(common.entry(mean, "average"), "mean_ema", axis)),
-        ("var_ema", _along(common.entry(var, "average"), "var_ema", axis)),
-        {each: _along(array, each, axis) for each, array in affine.items()},
+        {each: _along(array, each, axis) for each, array in (averages | given).items()},
+        _NAMES,
         Settings(eps, update_rate, axis),
         correction=_CORRECTION,
         frozen=frozen,

@@ -9,6 +9,7 @@ from bnarray.layer import BatchNorm
 from bnarray.stats import explains_momentum
 
 _CORRECTION = 0
+_NAMES = ("gamma", "beta", "moving_mean", "moving_variance")
 
 
 @explains_momentum
@@ -39,7 +40,8 @@ def from_keras(
     Returns
     -------
     BatchNorm
-        With ``correction=0``, Keras's. Keras counts no updates: ``stats.num_updates`` is 0. The mode is training.
+        With ``correction=0``, Keras's. Keras counts no updates: ``stats.num_updates`` is 0. The mode is training, but
+        evaluation for a layer that is not ``trainable``: Keras evaluates it in training too.
 
     Raises
     ------
@@ -63,19 +65,18 @@ def from_keras(
         common.check_unstated(eps, update_rate)
         _check_layer(layer, frozen)
         settings = Settings(layer.epsilon, common.complement(layer.momentum), layer.axis)
-        names = ("gamma", "beta", "moving_mean", "moving_variance")
-        arrays = {name: getattr(layer, name) for name in names}
+        arrays, training = {name: getattr(layer, name) for name in _NAMES}, layer.trainable
     else:
         settings = common.stated("layer", layer, eps, update_rate, axis)
-        arrays = layer
+        arrays, training = layer, True
     return common.layer_of(
-        ("moving_mean", common.entry(arrays, "moving_mean")),
-        ("moving_variance", common.entry(arrays, "moving_variance")),
-        common.parameters(arrays.get("gamma"), arrays.get("beta"), ("gamma", "beta")),
+        arrays,
+        _NAMES,
         settings,
         correction=_CORRECTION,
         frozen=frozen,
         like=like,
+        training=training,
     )
 
 

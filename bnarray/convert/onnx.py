@@ -10,7 +10,7 @@ from bnarray.layer import BatchNorm
 from bnarray.stats import explains_momentum
 
 _CORRECTION = 0
-_INPUTS = ("scale", "B", "input_mean", "input_var")
+_NAMES = ("scale", "B", "input_mean", "input_var")
 
 
 @explains_momentum
@@ -72,11 +72,10 @@ def from_onnx(
         arrays = _inputs(node, initializers)
     else:
         settings, training = common.stated("node", node, eps, update_rate, axis=1), False
-        arrays = {name: common.entry(node, name) for name in _INPUTS}
+        arrays = {name: common.entry(node, name) for name in _NAMES}
     return common.layer_of(
-        ("input_mean", arrays["input_mean"]),
-        ("input_var", arrays["input_var"]),
-        common.parameters(arrays["scale"], arrays["B"], ("scale", "B")),
+        arrays,
+        _NAMES,
         settings,
         correction=_CORRECTION,
         frozen=frozen,
@@ -86,8 +85,13 @@ def from_onnx(
 
 
 def _settings(node: Any) -> tuple[Settings, bool]:
-    if node.op_type != "BatchNormalization":
-        raise ValueError(f"node is a {node.op_type}; it should be a BatchNormalization")
+    domain = getattr(node, "domain", "")
+    if node.op_type != "BatchNormalization" or domain not in ("", "ai.onnx"):
+        name = f"{domain}.{node.op_type}".lstrip(".")
+        raise ValueError(f"node is a {name}; it should be a BatchNormalization of ONNX's own")
+    referring = [each.name for each in node.attribute if getattr(each, "ref_attr_name", "")]
+    if referring:
+        raise ValueError(f"node has {', '.join(referring)} from the function that it is part of; inline that first")
     # An attribute holds its value as a float or as an integer.
     given = {each.name: each.f if each.name in ("epsilon", "momentum") else each.i for each in node.attribute}
     training = bool(given.pop("training_mode", 0))
@@ -107,9 +111,9 @@ def _settings(node: Any) -> tuple[Settings, bool]:
 def _inputs(node: Any, initializers: Mapping[str, Any] | None) -> dict[str, Any]:
     if initializers is None:
         raise TypeError("initializers is None; with a node it should be a mapping of arrays by name")
-    if len(node.input) != 1 + len(_INPUTS):
-        raise ValueError(f"node has {len(node.input)} inputs; it should have {1 + len(_INPUTS)}")
-    return {name: common.entry(initializers, given) for name, given in zip(_INPUTS, node.input[1:], strict=True)}
+    if len(node.input) != 1 + len(_NAMES):
+        raise ValueError(f"node has {len(node.input)} inputs; it should have {1 + len(_NAMES)}")
+    return {name: common.entry(initializers, given) for name, given in zip(_NAMES, node.input[1:], strict=True)}
 
 
 def to_onnx(layer: BatchNorm, *, like: Array | None = None) -> Converted:
@@ -156,4 +160,4 @@ def to_onnx(layer: BatchNorm, *, like: Array | None = None) -> Converted:
         verbs = backend(mean)
         bias = verbs.cast(verbs.zeros(layer.stats.features_shape, mean), mean.dtype)
         weight = bias + 1
-    return Converted({"epsilon": layer.eps}, dict(zip(_INPUTS, (weight, bias, mean, var), strict=True)))
+    return Converted({"epsilon": layer.eps}, dict(zip(_NAMES, (weight, bias, mean, var), strict=True)))

@@ -10,6 +10,7 @@ from bnarray.layer import BatchNorm
 from bnarray.stats import explains_momentum
 
 _CORRECTION = 1
+_NAMES = ("weight", "bias", "running_mean", "running_var")
 
 #: Whose forward passes are known.
 _MAKERS = ("bnarray", "torch")
@@ -89,7 +90,7 @@ def _from_module(module: Any, frozen: bool, like: Array | None) -> BatchNorm:
             "module normalises over all processes, and a BatchNorm over its own batch; pass frozen=True for evaluation "
             "only"
         )
-    names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    names = (*_NAMES, "num_batches_tracked")
     state = {name: getattr(module, name) for name in names if getattr(module, name) is not None}
     return _layer(state, Settings(module.eps, 0.0 if rate is None else rate, 1), frozen, like, module.training)
 
@@ -109,9 +110,8 @@ def _check_kind(module: Any) -> None:
 
 def _layer(state: Mapping[str, Any], settings: Settings, frozen: bool, like: Array | None, training: bool) -> BatchNorm:
     return common.layer_of(
-        ("running_mean", common.entry(state, "running_mean")),
-        ("running_var", common.entry(state, "running_var")),
-        common.parameters(state.get("weight"), state.get("bias"), ("weight", "bias")),
+        state,
+        _NAMES,
         settings,
         correction=_CORRECTION,
         frozen=frozen,

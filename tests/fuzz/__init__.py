@@ -1,0 +1,1 @@
+"""Random calls of every public function, each judged: ``python -m tests.fuzz --minutes 10``."""

@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -356,6 +356,14 @@ def _scale(of: np.ndarray, truth: Any, kept: tuple[int, ...], eps: float) -> np.
     return np.maximum(of, 1e-9 * of.max(axis=reduced, keepdims=True) * np.maximum(1, deviations))
 
 
+def _rehearse(call: Call, stats: Any) -> None:
+    """Make a call that is like the one to come, which is then made as one before."""
+    keywords = call.keywords | ({"stats": copy.copy(stats)} if stats is not None else {})
+    with warnings.catch_warnings(), suppress(*REFUSALS, FloatingPointError):
+        warnings.simplefilter("ignore")
+        bn.batch_norm(call.x, **keywords)
+
+
 def forward_and_backward(r: Random) -> None:
     call = _draw(r)
     features, evaluate = call.features, r.random() < 0.25
@@ -369,6 +377,8 @@ def forward_and_backward(r: Random) -> None:
     if evaluate:
         call.keywords["training"] = False
     inputs = {"x": call.x, **{k: v for k, v in call.keywords.items() if isinstance(v, np.ndarray) and k != "eps"}}
+    if r.random() < 0.5:
+        _rehearse(call, stats)
     if r.random() < 0.4:
         _choose_out(r, call, inputs, ("x", "residual"))
     if call.wrong is None and r.random() < 0.25:

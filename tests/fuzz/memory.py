@@ -141,26 +141,31 @@ class _GuardedNumpy:
 @contextmanager
 def guarded_library() -> Iterator[None]:
     """Let results, vectors, partial sums and scratch memory of the kernels lie at protected pages too."""
-    from bnarray.backends import _strided
+    from bnarray.backends import _again, _strided
     from bnarray.backends import numpy as backend
     from bnarray.kernels.cpu import pool
 
-    modules = _strided, backend, pool
+    modules, arrays = (_again, _strided, backend, pool), backend._arrays
     guarded: Any = _GuardedNumpy()
+    forget_plans()
     try:
         for module in modules:
             module.np = guarded
+        backend._arrays = arrays._replace(empty_like=guarded.empty_like, empty=guarded.empty)
         yield
     finally:
         for module in modules:
             module.np = np
+        backend._arrays = arrays
         forget_plans()
 
 
 def forget_plans() -> None:
     """Give up the kept plans' tables, each of which takes three of the mappings that a process may have."""
+    from bnarray import functional
     from bnarray.backends import _strided
 
+    functional._again.clear()
     for each in vars(_strided).values():
         if hasattr(each, "cache_clear"):
             each.cache_clear()

@@ -13,11 +13,12 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed; compilati
 if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
     pytest.skip("Numba simulates devices here; compilation for CUDA is not verified", allow_module_level=True)
 
-from bnarray.kernels.cuda import gate, grad_input, grad_sums, memory, moments, normalize
+from bnarray.kernels.cuda import gate, grad_input, grad_sums, memory, moments, normalize, running
 from bnarray.kernels.cuda.compiled import Kernel, entries
 from bnarray.kernels.cuda.walk import Shape
 
 CAPABILITIES = [(8, 0), (9, 0), (10, 0)]
+OLDEST = (7, 5)
 DTYPES = [memory.FLOAT16, memory.BFLOAT16, memory.FLOAT32, memory.FLOAT64]
 
 #: Channels first, channels last, and a slice whose axes do not join.
@@ -51,7 +52,9 @@ def _cases() -> list[Any]:
         for kernel in _kernels(kind, shape)
     ]
     kernels += [make(shape) for shape in SHAPES[:2] for make in (moments.merge_kernel, grad_sums.add_kernel)]
+    kernels += [running.kernel()]
     cases = [(kernel, CAPABILITIES[i % 3]) for i, kernel in enumerate(kernels)]
+    cases += [(kernel, OLDEST) for kernel in (*_kernels(memory.FLOAT16, SHAPES[1])[::4], running.kernel())]
     return [pytest.param(*case, id="{}-sm_{}{}".format(case[0].name, *case[1])) for case in cases]
 
 

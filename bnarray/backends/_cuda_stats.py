@@ -108,9 +108,9 @@ class DeviceStats(RunningStats):
         """The numbers of a state, in new memory."""
         size = prod(self._shape)
         numbers = self.library.vector((running.VECTORS * size + running.NUMBERS,), state.mean)
-        vectors = state.count, state.mean, state.var, 0.0 if state.m2 is None else state.m2
-        for i, vector in enumerate(vectors):
-            numbers[i * size : (i + 1) * size] = vector if is_number(vector) else vector.reshape(-1)
+        vector = backend(numbers).vector
+        for i, each in enumerate((state.count, state.mean, state.var, 0.0 if state.m2 is None else state.m2)):
+            numbers[i * size : (i + 1) * size] = each if is_number(each) else vector(each, numbers).reshape(-1)
         numbers[running.VECTORS * size] = state.num_updates
         numbers[running.VECTORS * size + 1] = state.num_skipped
         return numbers

@@ -1,11 +1,9 @@
 """CuPy arrays, through the CUDA kernels: on their device, on CuPy's current stream, in memory from CuPy's pool."""
 
-import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from math import inf
-from types import SimpleNamespace
 from typing import Any
 
 import cupy
@@ -55,7 +53,6 @@ class Library:
 
     def __init__(self) -> None:
         self._captured: list[ndarray] = []
-        self._in_thread = threading.local()
 
     def memory(self, x: ndarray) -> Memory:
         size = x.itemsize
@@ -76,11 +73,8 @@ class Library:
         return _NOTHING if x.data.device_id == cupy.cuda.runtime.getDevice() else x.device
 
     def queue(self, x: ndarray) -> tuple[int, int]:
-        device = x.data.device_id
-        if device not in vars(self._in_thread):
-            make_current(device)  # which CuPy leaves to the first call that needs it
-            vars(self._in_thread)[device] = True
-        return device, cupy.cuda.get_current_stream().ptr
+        make_current(x.data.device_id)
+        return x.data.device_id, cupy.cuda.get_current_stream().ptr
 
     def stream(self, x: ndarray) -> Any:
         return cupy.cuda.get_current_stream()
@@ -151,28 +145,20 @@ def values_are_known(x: ndarray) -> bool:
     return not _library.is_capturing(x)
 
 
-def _as_of_host(x: ndarray) -> Any:
-    """An array of NumPy's at the same addresses, for questions about these alone: it must not be read."""
-    interface = {
-        "data": (int(x.data.ptr), False),
-        "shape": x.shape,
-        "strides": x.strides,
-        "typestr": f"|V{x.itemsize}",
-        "version": 3,
-    }
-    return np.asarray(SimpleNamespace(__array_interface__=interface))
+def _addresses(x: ndarray) -> Any:
+    return numpy_backend.at_addresses(int(x.data.ptr), x.shape, x.strides, x.itemsize)
 
 
 def check_out(out: ndarray, x: ndarray, allowed: dict[str, ndarray], forbidden: dict[str, ndarray]) -> None:
     plain.check_out(out, x, {}, {})
     if _checked_memory(out, "out") is not out:
         raise ValueError("out is not aligned to its elements; it should be memory that they can be written to")
-    views = [{name: _as_of_host(each) for name, each in arrays.items()} for arrays in (allowed, forbidden)]
-    numpy_backend.check_memory(_as_of_host(out), *views)
+    views = [{name: _addresses(each) for name, each in arrays.items()} for arrays in (allowed, forbidden)]
+    numpy_backend.check_memory(_addresses(out), *views)
 
 
 def overlap(a: ndarray, b: ndarray) -> bool:
-    return a is b or numpy_backend.overlap(_as_of_host(a), _as_of_host(b))
+    return a is b or numpy_backend.overlap(_addresses(a), _addresses(b))
 
 
 def device(x: ndarray) -> Any:

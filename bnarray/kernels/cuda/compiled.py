@@ -145,11 +145,23 @@ class Kernel:
         return ObjectCode.from_cubin(code).get_kernel(entry)
 
 
-def make_current(device: int) -> None:
-    """Give this thread the context of a device, which launches need."""
-    from cuda.core import Device
+class _Contexts(threading.local):
+    """The devices whose context a thread was given."""
 
-    Device(device).set_current()
+    def __init__(self) -> None:
+        self.devices: set[int] = set()
+
+
+_contexts = _Contexts()
+
+
+def make_current(device: int) -> None:
+    """Give this thread the context of a device, once: libraries leave that to their own first call that needs it."""
+    if device not in _contexts.devices:
+        from cuda.core import Device
+
+        Device(device).set_current()
+        _contexts.devices.add(device)
 
 
 def flattened(arguments: tuple[Any, ...]) -> list[Any]:

@@ -234,6 +234,8 @@ def _conversion(kind: type, name: str) -> str:
         for key in (f"{base.__module__}.{base.__qualname__}", base.__module__.partition(".")[0]):
             if key in _CONVERSIONS:
                 return _CONVERSIONS[key].format(name)
+    if hasattr(kind, "__cuda_array_interface__"):
+        return f"cupy.asarray({name}), which copies nothing"
     return f"numpy.asarray({name})"
 
 

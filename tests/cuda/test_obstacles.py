@@ -1,10 +1,13 @@
 """What is said where CUDA devices cannot be used, with a double of the driver."""
 
+import ctypes
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import bnarray as bn
 from bnarray import cuda, info
 
 
@@ -40,7 +43,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
                 raise OSError(name)
             return driver
 
-        monkeypatch.setattr(cuda.ctypes, "CDLL", load)
+        monkeypatch.setattr(cuda, "ctypes", SimpleNamespace(CDLL=load, c_int=ctypes.c_int, byref=ctypes.byref))
         monkeypatch.setattr(cuda, "_is_importable", lambda module: module not in lacking)
         cuda._driver.cache_clear()
 
@@ -80,3 +83,13 @@ def test_one_device_that_will_do_is_enough(machine: Callable[..., None]) -> None
     facts = info.facts()
     assert facts["cuda"] == {"usable": True, "capabilities": ["7.0", "7.5"]}
     assert "usable (compute capability 7.0, 7.5); not verified on a GPU" in info.table(facts)
+
+
+def test_other_arrays_on_a_device_are_told_of_cupy() -> None:
+    class DeviceArrayDouble:
+        @property
+        def __cuda_array_interface__(self) -> Any:
+            raise AssertionError("nobody looks at its memory")
+
+    with pytest.raises(TypeError, match=r"convert it by cupy.asarray\(x\), which copies nothing"):
+        bn.batch_norm(DeviceArrayDouble())

@@ -388,7 +388,8 @@ class RunningStats:
 
     def followed(self) -> tuple[Array, ...]:
         """Return what of the state a library may follow through a call."""
-        return self.mean_and_var()
+        state = self._state
+        return state.mean, state.var
 
     def __repr__(self) -> str:
         state = self._state

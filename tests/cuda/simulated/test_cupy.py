@@ -255,16 +255,19 @@ def test_refused_amid_a_capture_is_one_more_skipped() -> None:
     x, few_x = cupy.asarray(_drawn(6, 5)), cupy.asarray(_drawn(5, 5))
     x[2, 2] = np.nan
     stats = bn.RunningStats(5, like=x, nonfinite="raise")
-    few = bn.RunningStats(5, like=x)
+    few, empty = bn.RunningStats(5, like=x), bn.RunningStats(5, like=x)
+    nothing = cupy.asarray(np.zeros((5, 1), bool))
     where = cupy.asarray(np.tri(5, dtype=np.float32))
     machine.stream().synchronize()  # nothing orders a capture after what is not captured
     with Stream() as stream:
         stream.begin_capture()
         bn.batch_norm(x, stats=stats)
         bn.batch_norm(few_x, stats=few, where=where)
+        bn.batch_norm(few_x, stats=empty, where=nothing)
         stream.end_capture().launch()
         assert (stats.num_updates, stats.num_skipped) == (0, 1)
         assert (few.num_updates, few.num_skipped) == (0, 1)
+        assert (empty.num_updates, empty.num_skipped) == (0, 0)
 
 
 def test_results_stay_on_another_device_than_the_current_one() -> None:

@@ -12,7 +12,7 @@ from math import ceil, prod
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from bnarray.dispatch import Array, Transform
-from bnarray.kernels.cuda import gate, grad_input, grad_sums, moments, normalize
+from bnarray.kernels.cuda import gate, grad_input, grad_sums, memory, moments, normalize
 from bnarray.kernels.cuda.compiled import THREADS, Kernel
 from bnarray.kernels.cuda.walk import Shape
 from bnarray.layout import COLUMNS, Axis, broadcast_strides, features_shape, layout
@@ -84,8 +84,13 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def plan(shape: tuple[int, ...], kept: tuple[int, ...], guide: tuple[Strides, ...], *strides: Strides) -> Plan:
-    """Cut operands of one non-empty shape; `guide` are strides that the order follows before any operand's."""
+def plan(
+    shape: tuple[int, ...], kept: tuple[int, ...], guide: tuple[Strides, ...], *strides: Strides, width: int = 1
+) -> Plan:
+    """Cut operands of one non-empty shape; `guide` are strides that the order follows before any operand's.
+
+    Positions are of `width` elements, if all operands have so many together everywhere.
+    """
     seen = layout(shape, kept, *guide, *strides)
     still = Axis(1, (0,) * (len(guide) + len(strides)))
     reduced, features = seen.outer, seen.features
@@ -99,13 +104,18 @@ def plan(shape: tuple[int, ...], kept: tuple[int, ...], guide: tuple[Strides, ..
     across = 1
     if 0 < abs(features[-1].strides[0]) < (abs(reduced[-1].strides[0]) or float("inf")):
         across = min(WARP, 1 << (features[-1].size - 1).bit_length())
+    if across == 1 and _come_in_vectors(reduced, features, width):
+        *slower, inner = reduced
+        reduced = *slower, Axis(inner.size // width, tuple(step * width for step in inner.strides))
+    else:
+        width = 1
     positions, count = (prod(axis.size for axis in axes) for axes in (reduced, features))
-    chunk = ceil(positions / min(MOST_CHUNKS, ceil(positions * across / CHUNK)))
+    chunk = ceil(positions / min(MOST_CHUNKS, ceil(positions * width * across / CHUNK)))
     chunks, tiles = ceil(positions / chunk), ceil(count / across)
     axes = *reduced, *features
     step = divmod(THREADS // across, reduced[-1].size)
     return Plan(
-        Shape(across, len(reduced) - 1, len(features)),
+        Shape(across, len(reduced) - 1, len(features), width),
         tiles * chunks,
         tiles,
         chunks,
@@ -113,6 +123,19 @@ def plan(shape: tuple[int, ...], kept: tuple[int, ...], guide: tuple[Strides, ..
         (chunk, chunks, positions, count, *step, tuple(axis.size for axis in axes)),
         tuple(tuple(axis.strides[i] for axis in axes) for i in range(len(guide), len(still.strides))),
     )
+
+
+def _come_in_vectors(reduced: tuple[Axis, ...], features: tuple[Axis, ...], width: int) -> bool:
+    """Whether so many elements lie together along the inner axis, and begin at multiples of as many."""
+    *slower, inner = reduced
+    together = inner.size % width == 0 and all(step == 1 for step in inner.strides)
+    return together and all(step % width == 0 for axis in (*slower, *features) for step in axis.strides)
+
+
+def _width(*memories: Memory) -> int:
+    """How many elements of arrays of one kind, all aligned to it, are in a device's widest access; else 1."""
+    is_aligned = all(each.address % memory.WIDEST == 0 for each in memories)
+    return memory.width_of(memories[0].kind) if is_aligned else 1
 
 
 def _gate(transform: Transform) -> int:
@@ -215,7 +238,8 @@ class Adapter:
         onto, merges = transform.residual is not None, sums is not None
         seen, result = self._library.memory(x), self._library.memory(y)
         residual = self._library.memory(transform.residual) if onto else seen
-        way = plan(seen.shape, transform.kept, (), seen.strides, result.strides, residual.strides)
+        strides = seen.strides, result.strides, residual.strides
+        way = plan(seen.shape, transform.kept, (), *strides, width=_width(seen, result, residual))
         operands = zip((seen, result, residual), way.steps, strict=True)
         self._launch(
             normalize.kernel(seen.kind, onto, merges, way.shape), way.blocks, x,

@@ -43,6 +43,12 @@ def _kernels(kind: int, shape: Shape) -> list[Kernel]:
     ]
 
 
+def _by_vectors(kind: int) -> list[Kernel]:
+    """Those that access 16 bytes at once."""
+    shape = SHAPES[0]._replace(width=memory.width_of(kind))
+    return [normalize.kernel(kind, False, True, shape), normalize.kernel(kind, True, False, shape)]
+
+
 def _cases() -> list[Any]:
     """Every kernel in every shape, dtypes and capabilities in turns."""
     kernels = [
@@ -53,6 +59,7 @@ def _cases() -> list[Any]:
     ]
     kernels += [make(shape) for shape in SHAPES[:2] for make in (moments.merge_kernel, grad_sums.add_kernel)]
     kernels += [running.kernel()]
+    kernels += [kernel for i, kind in enumerate(DTYPES) for kernel in _by_vectors(kind)[i % 2 :: 2]]
     cases = [(kernel, CAPABILITIES[i % 3]) for i, kernel in enumerate(kernels)]
     cases += [(kernel, OLDEST) for kernel in (*_kernels(memory.FLOAT16, SHAPES[1])[::4], running.kernel())]
     return [pytest.param(*case, id="{}-sm_{}{}".format(case[0].name, *case[1])) for case in cases]
@@ -112,3 +119,17 @@ def test_loops_over_elements_do_without_float64(kind: int, shape: Shape, tmp_pat
         # What is beyond float32 has loops in float64 of its own, and so have the merges.
         single = [loop for loop in reading if not any(re.match(r"D(ADD|MUL|FMA|SETP)", each) for each in loop)]
         assert any(re.match(r"F(ADD|MUL|FMA)", each) for loop in single for each in loop), kernel.name
+
+
+@pytest.mark.parametrize("kind", DTYPES, ids=memory.NAMES[:4])
+def test_vectors_are_accessed_at_once(kind: int, tmp_path: Path) -> None:
+    if not _DISASSEMBLER.exists():
+        pytest.skip("nvidia-cuda-nvdisasm is not installed; how wide kernels' accesses are is not verified")
+    for kernel in _by_vectors(kind):
+        writing = [
+            loop for loop in _loops(kernel.compile((9, 0))[0], tmp_path) if any(each.startswith("STG") for each in loop)
+        ]
+        assert writing
+        for loop in writing:
+            accesses = {each for each in loop if each.startswith(("LDG", "STG"))}
+            assert all(".128" in each for each in accesses), (kernel.name, accesses)

@@ -26,15 +26,74 @@ from bnarray.kernels.cuda.coefficients import (
     transformed,
 )
 from bnarray.kernels.cuda.compiled import THREADS, Kernel, cuda, index, machinery, numbers, types, vector
-from bnarray.kernels.cuda.memory import FLOAT64, NAMES, POINTERS, loader, storer
+from bnarray.kernels.cuda.memory import FLOAT64, NAMES, POINTERS, load_elements, reader, store_elements, writer
 from bnarray.kernels.cuda.walk import grid, place, walk
+
+
+@cache
+def _element(kind, onto, real):
+    """Make the function from an element of x (and of the residual) to one of y."""
+    read, write = reader(kind, real), writer(kind)
+
+    @machinery
+    def element(value, added, center, low, rest, scale, bias, floor):
+        z = transformed(read(value), center, low, rest, scale, bias)
+        if onto:
+            z = z + read(added)
+        return write(floor if z < floor else z)
+
+    return element
+
+
+@cache
+def _vector(kind, onto, real, width):
+    """Make the same function for tuples of so many elements."""
+    element, last = _element(kind, onto, real), width - 1
+
+    @machinery
+    def of_one(values, added, center, low, rest, scale, bias, floor):
+        return (element(values[0], added[0], center, low, rest, scale, bias, floor),)
+
+    if width == 1:
+        return of_one
+    before = _vector(kind, onto, real, last)
+
+    @machinery
+    def of_many(values, added, center, low, rest, scale, bias, floor):
+        one = element(values[last], added[last], center, low, rest, scale, bias, floor)
+        return before(values, added, center, low, rest, scale, bias, floor) + (one,)  # noqa: RUF005  # for Numba
+
+    return of_many
+
+
+@cache
+def _step(kind, onto, real, width):
+    """Make the function that writes what follows from a position of x, and of the residual, to one of y."""
+    element = _element(kind, onto, real)
+
+    @machinery
+    def by_element(x, i, y, j, residual, k, center, low, rest, scale, bias, floor):
+        added = residual[k] if onto else x[i]
+        y[j] = element(x[i], added, center, low, rest, scale, bias, floor)
+
+    if width == 1:
+        return by_element
+    load, store, vector = load_elements(width), store_elements(width), _vector(kind, onto, real, width)
+
+    @machinery
+    def by_vector(x, i, y, j, residual, k, center, low, rest, scale, bias, floor):
+        values = load(x, i)
+        added = load(residual, k) if onto else values
+        store(y, j, vector(values, added, center, low, rest, scale, bias, floor))
+
+    return by_vector
 
 
 @cache
 def _loop(kind, onto, shape, real):
     """Make the loop over a thread's part of a chunk."""
     begin, at, onward = walk(shape)
-    load, store, split = loader(kind, real), storer(kind), parts(real)
+    step, split = _step(kind, onto, real, shape.width), parts(real)
     lowest, zero = real(-np.inf), real(0)
 
     @machinery
@@ -47,11 +106,9 @@ def _loop(kind, onto, shape, real):
         floor = zero if relu else lowest
         times, row, spot = begin(part, chunk, positions, sizes)
         for _ in range(times):
-            value = load(x, x_start + at(row, spot, sizes, x_steps))
-            z = transformed(value, center, low, rest, scale, bias)
-            if onto:
-                z = z + load(residual, r_start + at(row, spot, sizes, r_steps))
-            store(y, y_start + at(row, spot, sizes, y_steps), floor if z < floor else z)
+            i, j = x_start + at(row, spot, sizes, x_steps), y_start + at(row, spot, sizes, y_steps)
+            k = r_start + at(row, spot, sizes, r_steps)
+            step(x, i, y, j, residual, k, center, low, rest, scale, bias, floor)
             row, spot = onward(row, spot, rows, places, sizes)
 
     return write

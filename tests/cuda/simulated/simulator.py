@@ -55,6 +55,10 @@ class Pointer(int):
             raise IndexError(f"element {i} is outside of the array")
         return at
 
+    def assert_aligned(self, i: int) -> None:
+        """Raise, as a device does, if a vector does not begin at element i."""
+        assert (self + int(i) * self._flat.itemsize) % memory.WIDEST == 0, "misaligned"
+
     def __getitem__(self, i: int) -> Any:
         return self._flat[self._at(i)]
 
@@ -169,8 +173,26 @@ def give(device: int, stream: int, work: Callable[[], None]) -> None:
     work()
 
 
+def _load_elements(width: int) -> Callable[[Pointer, int], tuple[Any, ...]]:
+    def load(array: Pointer, i: int) -> tuple[Any, ...]:
+        array.assert_aligned(i)
+        return tuple(array[i + k] for k in range(width))
+
+    return load
+
+
+def _store_elements(width: int) -> Callable[[Pointer, int, tuple[Any, ...]], None]:
+    def store(array: Pointer, i: int, elements: tuple[Any, ...]) -> None:
+        array.assert_aligned(i)
+        for k, element in zip(range(width), elements, strict=True):
+            array[i + k] = element
+
+    return store
+
+
 def install() -> None:
     """Let launches run here."""
+    normalize.load_elements, normalize.store_elements = _load_elements, _store_elements
     compiled.Kernel.launch = launch
     compiled.make_current = lambda device: None
     for module in (block, compiled, exact, grad_input, grad_sums, memory, moments, normalize, running, walk):

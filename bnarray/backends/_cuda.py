@@ -320,11 +320,14 @@ class Adapter:
         )
         weights = seen if where is None else self._where(seen, where)
         memories = seen, self._library.memory(dy), self._library.memory(dx), weights, residual, dr
-        way = plan(seen.shape, transform.kept, transform.guide or (), *(each.strides for each in memories))
         statistics = grad_input.CONSTANT if is_constant else grad_input.BATCH
-        where_kind = None
+        where_kind, width = None, 1
         if where is not None and not is_constant:
             statistics, where_kind = grad_input.WEIGHTED, weights.kind
+        elif memories[1].kind == seen.kind and where is None:
+            width = _width(*memories)
+        strides = [each.strides for each in memories]
+        way = plan(seen.shape, transform.kept, transform.guide or (), *strides, width=width)
         kernel = grad_input.kernel(
             seen.kind, memories[1].kind, where_kind, _gate(transform), statistics, partials is not None, way.shape
         )

@@ -78,18 +78,6 @@ def loader(kind, real):
     return load
 
 
-@cache
-def storer(kind):
-    """Make the function that writes a number to the element at an index."""
-    write = writer(kind)
-
-    @machinery
-    def store(array, i, value):
-        array[i] = write(value)
-
-    return store
-
-
 # -- Vectors of 16 bytes -----------------------------------------------------------------------------------------------
 
 #: Bytes of the widest access of a thread, to which its address is aligned.
@@ -168,3 +156,30 @@ else:
             return types.void(array, types.int64, elements), generate
 
         return store
+
+
+def is_by_vectors(kind, real, width):
+    """Whether a loop accesses vectors at once: not the one in float64 for what float32 cannot hold, which is rare, and
+    would double the time to compile."""
+    return width > 1 and (real is np.float32 or kind == FLOAT64)
+
+
+@cache
+def each_of(function, width):
+    """Make the function that applies another to three tuples' elements, in turn, and to what all of them share."""
+    last = width - 1
+
+    @machinery
+    def of_one(a, b, c, shared):
+        return (function(a[0], b[0], c[0], shared),)
+
+    if width == 1:
+        return of_one
+    before = each_of(function, last)
+
+    @machinery
+    def of_many(a, b, c, shared):
+        one = function(a[last], b[last], c[last], shared)
+        return before(a, b, c, shared) + (one,)  # noqa: RUF005  # Numba unpacks no tuples
+
+    return of_many

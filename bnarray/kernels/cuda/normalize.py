@@ -26,65 +26,51 @@ from bnarray.kernels.cuda.coefficients import (
     transformed,
 )
 from bnarray.kernels.cuda.compiled import THREADS, Kernel, cuda, index, machinery, numbers, types, vector
-from bnarray.kernels.cuda.memory import FLOAT64, NAMES, POINTERS, load_elements, reader, store_elements, writer
+from bnarray.kernels.cuda.memory import (
+    FLOAT64,
+    NAMES,
+    POINTERS,
+    each_of,
+    is_by_vectors,
+    load_elements,
+    reader,
+    store_elements,
+    writer,
+)
 from bnarray.kernels.cuda.walk import grid, place, walk
-
-
-@cache
-def _element(kind, onto, real):
-    """Make the function from an element of x (and of the residual) to one of y."""
-    read, write = reader(kind, real), writer(kind)
-
-    @machinery
-    def element(value, added, center, low, rest, scale, bias, floor):
-        z = transformed(read(value), center, low, rest, scale, bias)
-        if onto:
-            z = z + read(added)
-        return write(floor if z < floor else z)
-
-    return element
-
-
-@cache
-def _vector(kind, onto, real, width):
-    """Make the same function for tuples of so many elements."""
-    element, last = _element(kind, onto, real), width - 1
-
-    @machinery
-    def of_one(values, added, center, low, rest, scale, bias, floor):
-        return (element(values[0], added[0], center, low, rest, scale, bias, floor),)
-
-    if width == 1:
-        return of_one
-    before = _vector(kind, onto, real, last)
-
-    @machinery
-    def of_many(values, added, center, low, rest, scale, bias, floor):
-        one = element(values[last], added[last], center, low, rest, scale, bias, floor)
-        return before(values, added, center, low, rest, scale, bias, floor) + (one,)  # noqa: RUF005  # for Numba
-
-    return of_many
 
 
 @cache
 def _step(kind, onto, real, width):
     """Make the function that writes what follows from a position of x, and of the residual, to one of y."""
-    element = _element(kind, onto, real)
+    read, write = reader(kind, real), writer(kind)
 
     @machinery
-    def by_element(x, i, y, j, residual, k, center, low, rest, scale, bias, floor):
-        added = residual[k] if onto else x[i]
-        y[j] = element(x[i], added, center, low, rest, scale, bias, floor)
-
-    if width == 1:
-        return by_element
-    load, store, vector = load_elements(width), store_elements(width), _vector(kind, onto, real, width)
+    def element(value, added, _, shared):
+        center, low, rest, scale, bias, floor = shared
+        z = transformed(read(value), center, low, rest, scale, bias)
+        if onto:
+            z = z + read(added)
+        return write(floor if z < floor else z)
 
     @machinery
-    def by_vector(x, i, y, j, residual, k, center, low, rest, scale, bias, floor):
+    def by_element(x, i, y, j, residual, k, shared):
+        value = x[i]
+        y[j] = element(value, residual[k], value, shared)
+
+    @machinery
+    def by_turns(x, i, y, j, residual, k, shared):
+        for turn in range(width):
+            by_element(x, i + turn, y, j + turn, residual, k + turn, shared)
+
+    if not is_by_vectors(kind, real, width):
+        return by_element if width == 1 else by_turns
+    load, store, elements = load_elements(width), store_elements(width), each_of(element, width)
+
+    @machinery
+    def by_vector(x, i, y, j, residual, k, shared):
         values = load(x, i)
-        added = load(residual, k) if onto else values
-        store(y, j, vector(values, added, center, low, rest, scale, bias, floor))
+        store(y, j, elements(values, load(residual, k), values, shared))
 
     return by_vector
 
@@ -102,13 +88,12 @@ def _loop(kind, onto, shape, real):
         part, chunk, positions, rows, places, sizes, x_steps, y_steps, r_steps,
     ):  # fmt: skip
         center, low, rest = split(mean)
-        scale, bias = real(factor), real(term)
-        floor = zero if relu else lowest
+        shared = center, low, rest, real(factor), real(term), zero if relu else lowest
         times, row, spot = begin(part, chunk, positions, sizes)
         for _ in range(times):
             i, j = x_start + at(row, spot, sizes, x_steps), y_start + at(row, spot, sizes, y_steps)
-            k = r_start + at(row, spot, sizes, r_steps)
-            step(x, i, y, j, residual, k, center, low, rest, scale, bias, floor)
+            k = r_start + at(row, spot, sizes, r_steps)  # (of x, where there is no residual)
+            step(x, i, y, j, residual, k, shared)
             row, spot = onward(row, spot, rows, places, sizes)
 
     return write

@@ -192,7 +192,8 @@ def _store_elements(width: int) -> Callable[[Pointer, int, tuple[Any, ...]], Non
 
 def install() -> None:
     """Let launches run here."""
-    normalize.load_elements, normalize.store_elements = _load_elements, _store_elements
+    for module in (normalize, grad_input):
+        module.load_elements, module.store_elements = _load_elements, _store_elements
     compiled.Kernel.launch = launch
     compiled.make_current = lambda device: None
     for module in (block, compiled, exact, grad_input, grad_sums, memory, moments, normalize, running, walk):

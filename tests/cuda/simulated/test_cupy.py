@@ -40,7 +40,7 @@ def _drawn(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(3, 2, shape).astype(np.float32)
 
 
-@pytest.mark.parametrize(("shape", "kept", "layout", "dtype", "options"), _CASES[::9])
+@pytest.mark.parametrize(("shape", "kept", "layout", "dtype", "options"), _CASES[::11])
 def test_simulated_cases(
     shape: tuple[int, ...], kept: tuple[int, ...], layout: str, dtype: str, options: Options
 ) -> None:

@@ -122,6 +122,15 @@ def test_vectors_and_elements_give_the_same_bits(
         np.testing.assert_array_equal(aligned.view(np.uint8), shifted.view(np.uint8))
 
 
+def test_rows_that_begin_anywhere_are_no_vectors(simulated: SimpleNamespace) -> None:
+    """The first is aligned, and those after it are not: a vector would raise."""
+    x = _laid(np.random.default_rng(10).normal(size=(3, 5, 49)).astype(np.float32), 0)[:, :, :48]
+    y, saved = bn.batch_norm_forward(x, axis=1)
+    expected, again = bn.batch_norm_forward(x.copy(), axis=1)
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_allclose(bn.batch_norm_backward(y, saved).x, bn.batch_norm_backward(y, again).x, atol=1e-7)
+
+
 def test_in_place(simulated: object) -> None:
     rng = np.random.default_rng(7)
     x, dy = rng.normal(size=(2, 6, 3, 20)).astype(np.float32)

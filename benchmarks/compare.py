@@ -27,6 +27,8 @@ from functools import partial
 from math import prod
 from typing import Any
 
+from benchmarks import cuda
+
 SMALL = [(32, 64), (256, 1024), (4096, 512), (8, 16, 8, 8), (1, 256, 3136), (32, 256, 14, 14), (32, 512, 7, 7)]
 SHAPES = [
     *SMALL,
@@ -452,14 +454,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1.0, help="for each row (default 1; 4 times that for large)")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
-    parser.add_argument("--shapes", type=lambda text: tuple(map(int, text.split(","))), nargs="*", default=SHAPES)
+    parser.add_argument("--shapes", type=lambda text: tuple(map(int, text.split(","))), nargs="*")
     parser.add_argument("--steps", nargs="*", default=list(STEPS), choices=list(STEPS))
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
     parser.add_argument("--picture", metavar="FILE", help="draw the float32 rows of the most threads there")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: see benchmarks/cuda.py")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.device == "cuda":
+        options.shapes = options.shapes or cuda.SHAPES
+        options.steps = [step for step in options.steps if step in cuda.STEPS]
+        cuda.main(options)
+        return
+    options.shapes = options.shapes or SHAPES
     if options.worker is not None:
         run(options, options.worker)
         return

@@ -27,7 +27,7 @@ VERBS = (
     *("joins", "traced_forward", "traced_backward", "traced_moments"),
     *("moments", "normalize", "forward", "grad_sums", "grad_input", "backward"),
     *("along", "merge", "variance", "sum_of_squares", "only_above", "invstd"),
-    *("prepare", "current", "update_stats", "is_finite", "lowest", "number", "refusal", "choose"),
+    *("stats_type", "prepare", "current", "update_stats", "is_finite", "lowest", "number", "refusal", "choose"),
 )
 
 
@@ -169,6 +169,10 @@ def _entry_points() -> dict[str, list[Any]]:
     return found
 
 
+# How an array becomes one of NumPy's, where NumPy does not know.
+_TO_NUMPY = {"cupy": "cupy.asnumpy"}
+
+
 def _imported(library: str, what: str, load: Callable[[], Any]) -> Any:
     """A backend's module; one that cannot be had disturbs arrays of its own library only."""
     try:
@@ -176,7 +180,7 @@ def _imported(library: str, what: str, load: Callable[[], Any]) -> Any:
     except Exception as error:
         raise ImportError(
             f"arrays of {library} cannot be served, because {what} fails ({type(error).__name__}: {error}); repair "
-            f"that installation, or convert the array, for example by numpy.asarray"
+            f"that installation, or convert the array, for example by {_TO_NUMPY.get(library, 'numpy.asarray')}"
         ) from error
 
 
@@ -234,6 +238,8 @@ def _conversion(kind: type, name: str) -> str:
         for key in (f"{base.__module__}.{base.__qualname__}", base.__module__.partition(".")[0]):
             if key in _CONVERSIONS:
                 return _CONVERSIONS[key].format(name)
+    if hasattr(kind, "__cuda_array_interface__"):
+        return f"cupy.asarray({name}), which copies nothing"
     return f"numpy.asarray({name})"
 
 
@@ -302,13 +308,14 @@ def wrapping(verbs: Verbs, *arrays: Array | None) -> Verbs:
 # has it.
 _FROM_ANOTHER = {
     "autograd": "numpy.asarray({})",
+    "cupy": "cupy.asarray({})",
     "dask": "dask.array.from_array(numpy.asarray({}))",
     "jax": "jax.numpy.from_dlpack({})",
     "numpy": "numpy.asarray({})",
     "torch": "torch.tensor(numpy.array({}))",  # its from_dlpack aborts the process at a negative stride of NumPy's
 }
-_TO_ANOTHER = {"autograd": "autograd.tracer.getval({})", "dask": "{}.compute()"}
-_TO_DEVICE = {"torch": "{}.to({}.device)"}
+_TO_ANOTHER = {"autograd": "autograd.tracer.getval({})", "cupy": "cupy.asnumpy({})", "dask": "{}.compute()"}
+_TO_DEVICE = {"cupy": "{}.copy() inside 'with {}.device:'", "torch": "{}.to({}.device)"}
 
 
 def backend_with(verbs: Verbs, of: str, x: Array, name: str, array: Array | None, also: tuple[str, ...] = ()) -> Verbs:

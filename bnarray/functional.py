@@ -558,7 +558,7 @@ def _arrays(stats: RunningStats | Moments | None) -> tuple[Array, ...]:
     """What of the statistics a library may follow."""
     if isinstance(stats, Moments):
         return (stats.mean, stats.m2) if is_number(stats.count) else (stats.mean, stats.m2, stats.count)
-    return () if stats is None else stats.mean_and_var()
+    return () if stats is None else stats.followed()
 
 
 def _given(

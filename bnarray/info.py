@@ -1,15 +1,14 @@
 """`bnarray info`: what an installation is made of, and what it can use; which array libraries are served, and how."""
 
 import ast
-import ctypes
 import os
 import platform
 import shutil
-import sys
 from importlib import metadata, util
 from typing import Any
 
 from bnarray import __version__
+from bnarray.cuda import capabilities, obstacle
 from bnarray.dispatch import Capabilities, built_in
 from bnarray.kernels import disk
 
@@ -66,22 +65,10 @@ def clear_cache() -> None:
 
 def _cuda() -> dict[str, Any]:
     """Whether CUDA is usable and, if not, why not and what to install."""
-    missing = [name for name in ("numba_cuda", "cupy") if util.find_spec(name) is None]
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return {"usable": False, "why": "no NVIDIA driver is installed", "install": "the driver, for an NVIDIA GPU"}
-    count = ctypes.c_int(0)
-    code = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-    if code or not count.value:
-        return {"usable": False, "why": f"the NVIDIA driver finds no GPU (code {code})", "install": None}
-    if missing:
-        version = ctypes.c_int(0)
-        driver.cuDriverGetVersion(ctypes.byref(version))
-        extra = "cuda13" if version.value >= 13000 else "cuda12"
-        why = f"{' and '.join(missing)} not installed"
-        return {"usable": False, "why": why, "install": f"pip install 'bnarray[{extra}]'"}
-    return {"usable": False, "why": "this version of bnarray has no kernels for it yet", "install": None}
+    found = obstacle()
+    if found is not None:
+        return {"usable": False, **found._asdict()}
+    return {"usable": True, "capabilities": [".".join(map(str, each)) for each in capabilities()]}
 
 
 def facts() -> dict[str, Any]:
@@ -109,6 +96,7 @@ def facts() -> dict[str, Any]:
 def table(facts: dict[str, Any]) -> str:
     """Return the facts as lines of name and value."""
     cache, cuda, cpu = facts["cache"], facts["cuda"], facts["cpu"]
+    capable = f"compute capability {', '.join(cuda.get('capabilities', ()))}"
     rows = {
         "bnarray": facts["bnarray"],
         "python": facts["python"],
@@ -119,7 +107,7 @@ def table(facts: dict[str, Any]) -> str:
         "threading layer": facts["threading_layer"],
         "cache folder": cache["folder"],
         "cached kernels": f"{cache['kernels']}, {cache['bytes'] / 2**20:.1f} MB",
-        "cuda": "usable" if cuda["usable"] else f"not usable: {cuda['why']}",
+        "cuda": f"usable ({capable}); not verified on a GPU" if cuda["usable"] else f"not usable: {cuda['why']}",
     }
     if not cuda["usable"] and cuda["install"]:
         rows["to install"] = cuda["install"]

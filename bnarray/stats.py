@@ -300,6 +300,15 @@ class RunningStats:
     (array([3.]), array([7.]), 3)
     """
 
+    # What `nonfinite` may be for an update to find out, when it is called, whether numbers are finite.
+    _asks_host: tuple[str, ...] = ("skip", "raise")
+
+    def __new__(cls, *args: Any, like: Array | None = None, **kwargs: Any) -> "RunningStats":
+        kind: type[RunningStats] = cls
+        if like is not None and cls is RunningStats:
+            kind = backend(like, "like").stats_type(like)
+        return super().__new__(kind)
+
     @explains_momentum
     def __init__(
         self,
@@ -383,6 +392,11 @@ class RunningStats:
         state = self._state
         return state.mean, state.var
 
+    def followed(self) -> tuple[Array, ...]:
+        """Return what of the state a library may follow through a call."""
+        state = self._state
+        return state.mean, state.var
+
     def __repr__(self) -> str:
         state = self._state
         return (
@@ -435,7 +449,7 @@ class RunningStats:
                 f"the batch has {lowest:g} value(s) of a feature, too few for a running variance with correction "
                 f"{self._correction:g}; give larger batches, or correction=0, or update_rate=None"
             )
-        if self._nonfinite != "propagate" and not verbs.is_finite(mean, m2):
+        if self._nonfinite in self._asks_host and not verbs.is_finite(mean, m2):
             if self._nonfinite == "raise":
                 raise FloatingPointError(
                     "the batch's statistics hold a NaN or an infinity; the running ones are unchanged"
@@ -579,15 +593,20 @@ class RunningStats:
 
     def copy(self) -> "RunningStats":
         """Return an independent copy: one consistent snapshot."""
-        new = RunningStats.__new__(RunningStats)
-        new.__dict__.update(self.__dict__)
+        return self._like_this(RunningStats, self.__dict__)
+
+    @staticmethod
+    def _like_this(kind: type["RunningStats"], attributes: Mapping[str, Any]) -> "RunningStats":
+        new = RunningStats.__new__(kind)
+        new.__dict__.update(attributes)
         new.register()
         return new
 
     def to(self, like: Array) -> "RunningStats":
         """Return a copy that lives on like's library and device."""
-        verbs = backend(like, "like")
-        new, state = self.copy(), self._state
+        verbs, state = backend(like, "like"), self._state
+        settings = {name: value for name, value in self.__dict__.items() if name != "_state"}
+        new = self._like_this(verbs.stats_type(like), settings)
         count = state.count if is_number(state.count) else verbs.convert(state.count, like)
         m2 = None if state.m2 is None else verbs.convert(state.m2, like)
         mean, var = verbs.convert(state.mean, like), verbs.convert(state.var, like)

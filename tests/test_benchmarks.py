@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import against, gpu
+from benchmarks import against, on_gpu
 
 discovery = pytest.importorskip("asv_runner.discovery", reason="asv_runner is missing: benchmarks are not verified")
 
@@ -64,12 +64,12 @@ def test_cuda_benchmarks_on_a_pretended_device(step: str, monkeypatch: pytest.Mo
     def copy(source: np.ndarray, target: np.ndarray) -> None:
         np.copyto(target, source)
 
-    def pretended() -> gpu._Device:
-        return gpu._Device(np.asarray, np.asarray, _Event, elapsed, copy)
+    def pretended() -> on_gpu._Device:
+        return on_gpu._Device(np.asarray, np.asarray, _Event, elapsed, copy)
 
-    monkeypatch.setattr(gpu.ctypes, "CDLL", lambda name: None)
-    monkeypatch.setitem(gpu._DEVICES, "cupy", pretended)
-    benchmark = gpu.Cuda()
+    monkeypatch.setattr(on_gpu.ctypes, "CDLL", lambda name: None)
+    monkeypatch.setitem(on_gpu._DEVICES, "cupy", pretended)
+    benchmark = on_gpu.Cuda()
     row = ("cupy", "32x256x14x14", "channels last", step)
     benchmark.setup(*row)
     assert benchmark.track_time(*row) > 0

@@ -222,7 +222,8 @@ def test_support_page_is_what_backends_declare() -> None:
     assert page.read_text(encoding="utf-8") == info.support()
 
 
-@pytest.mark.parametrize("name", ["generic", *dispatch.built_in()])
+# (What needs packages for CUDA is in tests/cuda.)
+@pytest.mark.parametrize("name", ["generic", *(name for name in dispatch.built_in() if name != "cupy")])
 def test_support_page_reads_what_a_backend_has(name: str) -> None:
     """Reading a backend's file and importing it give the same declaration."""
     module = pytest.importorskip(
@@ -249,7 +250,7 @@ def test_numpy_arrays_import_no_framework(run_python: Callable[..., str], framew
     assert run_python(f"{EVERYTHING}\nimport sys; print({framework!r} in sys.modules)").strip() == "False"
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("framework", [*FRAMEWORKS, "cupy"])
 def test_broken_framework(run_python: Callable[..., str], tmp_path: Path, framework: str) -> None:
     """An installation whose import raises disturbs nobody, and arrays that say they are its own get a clear error."""
     (tmp_path / framework).mkdir()

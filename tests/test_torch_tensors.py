@@ -426,7 +426,8 @@ def test_operators(dtype: Any) -> None:
     stats = bn.RunningStats(3, correction=0)
     torch.library.opcheck(operations._update_operator, (stats.key, torch.zeros(1, dtype=torch.int64), ones, ones, ones))
     assert stats.num_updates > 0
-    torch.library.opcheck(operations._current_operator, (stats.key, torch.zeros(1, dtype=torch.int64), [3]))
+    order = torch.zeros(1, dtype=torch.int64)
+    torch.library.opcheck(operations._current_operator, (stats.key, order, [3], torch.device("cpu")))
 
 
 # -- Transformations ---------------------------------------------------------------------------------------------------

@@ -5,17 +5,22 @@ Planning is cached per combination of shapes, axes and strides; a pass is two la
 and nothing waits for them.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import lru_cache, wraps
 from math import ceil, prod
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from bnarray.dispatch import Array, Transform
-from bnarray.kernels.cuda import gate, grad_input, grad_sums, moments, normalize
+from bnarray.kernels.cuda import gate, grad_input, grad_sums, memory, moments, normalize
 from bnarray.kernels.cuda.compiled import THREADS, Kernel
 from bnarray.kernels.cuda.walk import Shape
 from bnarray.layout import COLUMNS, Axis, broadcast_strides, features_shape, layout
 
 Strides = tuple[int, ...]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 # Elements that a block works on, at least, where a feature has so many: 64 of each thread. And the most chunks of a
 # feature, which every block of the second launch merges. Reasoned; no device has judged them yet.
@@ -25,8 +30,8 @@ MOST_CHUNKS = 1024
 # Features side by side in a block: threads that read together, if memory runs along them.
 WARP = 32
 
-# Where there is no array.
-_NOWHERE = 0
+#: Where there is no array.
+NOWHERE = 0
 
 
 class Memory(NamedTuple):
@@ -48,10 +53,22 @@ class Library(Protocol):
         """Return new memory for an array like x."""
 
     def vector(self, shape: tuple[int, ...], like: Array) -> Array:
-        """Return new, contiguous memory for float64 numbers."""
+        """Return new, contiguous memory for float64 numbers; what is made amid a capture belongs to that."""
+
+    def on_device_of(self, x: Array) -> AbstractContextManager[Any]:
+        """Make x's device the one on which memory is made and kernels are launched."""
 
     def queue(self, x: Array) -> tuple[int, int]:
-        """Return the number of x's device and the handle of its current stream, and make both those of launches."""
+        """Return the number of x's device, which is the current one, and the handle of its current stream."""
+
+    def stream(self, x: Array) -> Any:
+        """Return the current stream of x's device as an object that keeps it alive."""
+
+    def handle(self, stream: Any) -> int:
+        """Return a stream's handle."""
+
+    def is_capturing(self, x: Array) -> bool:
+        """Whether what the current stream of x's device is given to do is captured, for replays."""
 
 
 class Plan(NamedTuple):
@@ -67,8 +84,13 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def plan(shape: tuple[int, ...], kept: tuple[int, ...], guide: tuple[Strides, ...], *strides: Strides) -> Plan:
-    """Cut operands of one non-empty shape; `guide` are strides that the order follows before any operand's."""
+def plan(
+    shape: tuple[int, ...], kept: tuple[int, ...], guide: tuple[Strides, ...], *strides: Strides, width: int = 1
+) -> Plan:
+    """Cut operands of one non-empty shape; `guide` are strides that the order follows before any operand's.
+
+    Positions are of `width` elements, if all operands have so many together everywhere.
+    """
     seen = layout(shape, kept, *guide, *strides)
     still = Axis(1, (0,) * (len(guide) + len(strides)))
     reduced, features = seen.outer, seen.features
@@ -82,13 +104,18 @@ def plan(shape: tuple[int, ...], kept: tuple[int, ...], guide: tuple[Strides, ..
     across = 1
     if 0 < abs(features[-1].strides[0]) < (abs(reduced[-1].strides[0]) or float("inf")):
         across = min(WARP, 1 << (features[-1].size - 1).bit_length())
+    if across == 1 and _come_in_vectors(reduced, features, width):
+        *slower, inner = reduced
+        reduced = *slower, Axis(inner.size // width, tuple(step * width for step in inner.strides))
+    else:
+        width = 1
     positions, count = (prod(axis.size for axis in axes) for axes in (reduced, features))
-    chunk = ceil(positions / min(MOST_CHUNKS, ceil(positions * across / CHUNK)))
+    chunk = ceil(positions / min(MOST_CHUNKS, ceil(positions * width * across / CHUNK)))
     chunks, tiles = ceil(positions / chunk), ceil(count / across)
     axes = *reduced, *features
     step = divmod(THREADS // across, reduced[-1].size)
     return Plan(
-        Shape(across, len(reduced) - 1, len(features)),
+        Shape(across, len(reduced) - 1, len(features), width),
         tiles * chunks,
         tiles,
         chunks,
@@ -98,8 +125,32 @@ def plan(shape: tuple[int, ...], kept: tuple[int, ...], guide: tuple[Strides, ..
     )
 
 
+def _come_in_vectors(reduced: tuple[Axis, ...], features: tuple[Axis, ...], width: int) -> bool:
+    """Whether so many elements lie together along the inner axis, and begin at multiples of as many."""
+    *slower, inner = reduced
+    together = inner.size % width == 0 and all(step == 1 for step in inner.strides)
+    return together and all(step % width == 0 for axis in (*slower, *features) for step in axis.strides)
+
+
+def _width(*memories: Memory) -> int:
+    """How many elements of arrays of one kind, all aligned to it, are in a device's widest access; else 1."""
+    is_aligned = all(each.address % memory.WIDEST == 0 for each in memories)
+    return memory.width_of(memories[0].kind) if is_aligned else 1
+
+
 def _gate(transform: Transform) -> int:
     return gate.OPEN if not transform.relu else gate.RELU if transform.residual is None else gate.RELU_ONTO
+
+
+def _on_its_device(verb: Callable[Concatenate[Any, Array, _P], _R]) -> Callable[Concatenate[Any, Array, _P], _R]:
+    """Let a verb make its memory and launch its kernels where its first array is."""
+
+    @wraps(verb)
+    def there(self: Any, x: Array, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with self._library.on_device_of(x):
+            return verb(self, x, *args, **kwargs)
+
+    return there
 
 
 class Adapter:
@@ -114,7 +165,7 @@ class Adapter:
         kernel.launch(*self._library.queue(x), blocks, *arguments)
 
     def _address(self, vector: Array | None) -> Any:
-        return _NOWHERE if vector is None else self._library.memory(vector).address
+        return NOWHERE if vector is None else self._library.memory(vector).address
 
     def _vectors(self, number: int, shape: tuple[int, ...], like: Array) -> list[Array]:
         return [self._library.vector(shape, like) for _ in range(number)]
@@ -129,7 +180,7 @@ class Adapter:
         return (
             float(count) if is_number else 0.0,
             int(not is_number),
-            _NOWHERE if is_number else self._address(count),
+            NOWHERE if is_number else self._address(count),
             self._address(transform.mean),
             self._address(transform.m2),
         )
@@ -149,6 +200,7 @@ class Adapter:
         self._launch(kernel, way.blocks, x, *way.grid, *arguments)
         return partials
 
+    @_on_its_device
     def moments(self, x: Array, kept: tuple[int, ...], where: Array | None) -> tuple[Any, Array, Array]:
         seen = self._library.memory(x)
         strides = (seen.strides,) if where is None else (seen.strides, self._where(seen, where).strides)
@@ -160,6 +212,7 @@ class Adapter:
         count, mean, m2 = found
         return prod(seen.shape) // way.features if where is None else count, mean, m2
 
+    @_on_its_device
     def forward(
         self, x: Array, kept: tuple[int, ...], eps: float, weight: Array | None, bias: Array | None, relu: bool
     ) -> tuple[int, Array, Array, Array]:
@@ -172,6 +225,7 @@ class Adapter:
         self._write_normalized(x, transform, y, partials, sums)
         return prod(seen.shape) // sums.features, mean, m2, y
 
+    @_on_its_device
     def normalize(self, x: Array, transform: Transform, out: Array | None) -> Array:
         y = self._library.empty_like(x) if out is None else out
         self._write_normalized(x, transform, y, None, None)
@@ -184,7 +238,8 @@ class Adapter:
         onto, merges = transform.residual is not None, sums is not None
         seen, result = self._library.memory(x), self._library.memory(y)
         residual = self._library.memory(transform.residual) if onto else seen
-        way = plan(seen.shape, transform.kept, (), seen.strides, result.strides, residual.strides)
+        strides = seen.strides, result.strides, residual.strides
+        way = plan(seen.shape, transform.kept, (), *strides, width=_width(seen, result, residual))
         operands = zip((seen, result, residual), way.steps, strict=True)
         self._launch(
             normalize.kernel(seen.kind, onto, merges, way.shape), way.blocks, x,
@@ -211,6 +266,7 @@ class Adapter:
         )  # fmt: skip
         return partials, way
 
+    @_on_its_device
     def grad_sums(self, dy: Array, x: Array, transform: Transform) -> tuple[Array, Array]:
         partials, way = self._find_grad_chunks(dy, x, transform)
         count, has_counts, counts, _, m2 = self._statistics(transform)
@@ -222,6 +278,7 @@ class Adapter:
         )  # fmt: skip
         return sum_dz, sum_dz_x
 
+    @_on_its_device
     def grad_input(
         self,
         dy: Array,
@@ -233,6 +290,7 @@ class Adapter:
     ) -> tuple[Array, Array | None]:
         return self._write_grad_input(dy, x, transform, where, sums is None, out, sums or (None, None), None, 0)
 
+    @_on_its_device
     def backward(
         self, dy: Array, x: Array, transform: Transform, where: Array | None, is_constant: bool, out: Array | None
     ) -> tuple[Array, Array, Array, Array | None]:
@@ -262,11 +320,14 @@ class Adapter:
         )
         weights = seen if where is None else self._where(seen, where)
         memories = seen, self._library.memory(dy), self._library.memory(dx), weights, residual, dr
-        way = plan(seen.shape, transform.kept, transform.guide or (), *(each.strides for each in memories))
         statistics = grad_input.CONSTANT if is_constant else grad_input.BATCH
-        where_kind = None
+        where_kind, width = None, 1
         if where is not None and not is_constant:
             statistics, where_kind = grad_input.WEIGHTED, weights.kind
+        elif memories[1].kind == seen.kind and where is None:
+            width = _width(*memories)
+        strides = [each.strides for each in memories]
+        way = plan(seen.shape, transform.kept, transform.guide or (), *strides, width=width)
         kernel = grad_input.kernel(
             seen.kind, memories[1].kind, where_kind, _gate(transform), statistics, partials is not None, way.shape
         )

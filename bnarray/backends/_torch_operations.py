@@ -271,7 +271,11 @@ class _Backward(torch.autograd.Function):
 # -- Operators ---------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("bnarray::forward", mutates_args=(), device_types="cpu")
+# Those that have kernels; arrays on others are left to torch's own functions before it comes to an operator.
+_DEVICES = "cpu", "cuda"
+
+
+@torch.library.custom_op("bnarray::forward", mutates_args=(), device_types=_DEVICES)
 def _forward_operator(
     x: Tensor,
     weight: Tensor | None,
@@ -311,7 +315,7 @@ def _(
     return torch.empty_like(x), *vectors  # type: ignore[return-value]  # of three
 
 
-@torch.library.custom_op("bnarray::backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("bnarray::backward", mutates_args=(), device_types=_DEVICES)
 def _backward_operator(
     dy: Tensor,
     x: Tensor,
@@ -381,7 +385,7 @@ def _differentiate(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
 _forward_operator.register_autograd(_differentiate, setup_context=_save)
 
 
-@torch.library.custom_op("bnarray::moments", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("bnarray::moments", mutates_args=(), device_types=_DEVICES)
 def _moments_operator(x: Tensor, where: Tensor | None, kept: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     count, mean, m2 = (verbs.of_vector(each, x) for each in steps.moments(verbs, x, tuple(kept), where))
     return count.expand(mean.shape).clone(), mean, m2
@@ -411,7 +415,7 @@ _moments_operator.register_autograd(_differentiate_moments, setup_context=_save_
 _order = torch.zeros(1, dtype=torch.int64)
 
 
-@torch.library.custom_op("bnarray::update", mutates_args={"order"}, device_types="cpu")
+@torch.library.custom_op("bnarray::update", mutates_args={"order"}, device_types=_DEVICES)
 def _update_operator(key: int, order: Tensor, count: Tensor, mean: Tensor, m2: Tensor) -> None:
     """Update the `RunningStats` of a key."""
     order += 1
@@ -427,16 +431,18 @@ def _update_operator(key: int, order: Tensor, count: Tensor, mean: Tensor, m2: T
 def _(key: int, order: Tensor, count: Tensor, mean: Tensor, m2: Tensor) -> None: ...
 
 
-@torch.library.custom_op("bnarray::current", mutates_args=(), device_types="cpu")
-def _current_operator(key: int, order: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("bnarray::current", mutates_args=(), device_types=_DEVICES)
+def _current_operator(key: int, order: Tensor, shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the mean and variance of the `RunningStats` of a key."""
-    mean, var = (verbs.convert(each, order) for each in state_of(key).mean_and_var())
+    like = order.new_empty(0, device=device)
+    mean, var = (verbs.convert(each, like) for each in state_of(key).mean_and_var())
     return mean.clone(), var.clone()
 
 
 @_current_operator.register_fake
-def _(key: int, order: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    return order.new_empty(shape, dtype=torch.float64), order.new_empty(shape, dtype=torch.float64)
+def _(key: int, order: Tensor, shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, var = (order.new_empty(shape, dtype=torch.float64, device=device) for _ in range(2))
+    return mean, var
 
 
 # -- What the backend calls --------------------------------------------------------------------------------------------
@@ -457,7 +463,7 @@ def forward(
     if not verbs.is_recorded(x):
         count, mean, m2 = given or (None, None, None)
         return _apply(x, weight, bias, residual, mean, m2, _Rest(where, count, kept, eps, relu, exchange))  # type: ignore[no-any-return, no-untyped-call]
-    if not x.is_cpu:
+    if not (x.is_cpu or verbs.has_cuda_kernels(x)):
         return _formula(x, weight, bias, residual, where, given, kept, eps, relu)
     count = mean = m2 = None
     if given is not None:
@@ -479,7 +485,7 @@ def _as_one(count: Tensor, x: Tensor, kept: tuple[int, ...], where: Tensor | Non
 
 
 def moments(x: Tensor, kept: tuple[int, ...], where: Tensor | None) -> tuple[Any, Tensor, Tensor]:
-    if not x.is_cpu:
+    if not (x.is_cpu or verbs.has_cuda_kernels(x)):
         return plain.moments(x, kept, where)  # type: ignore[no-any-return]
     if verbs.is_recorded(x):
         count, mean, m2 = _moments_operator(x, where, list(kept))
@@ -512,10 +518,11 @@ def prepare(stats: RunningStats, count: Any, mean: Tensor, m2: Tensor) -> Callab
             "stats would be updated under a transformation of torch.func, which takes no part in it; leave it out, and "
             "call stats.update(bnarray.moments(x)) outside"
         )
-    count = mean.new_full((), count) if is_number(count) else count
+    # A number stays with the host, which asks for it.
+    count = torch.full((), count, dtype=torch.float64) if is_number(count) else count
     return partial(_update_operator, stats.key, _order, count, mean, m2)
 
 
-def current(stats: RunningStats) -> tuple[Tensor, Tensor]:
-    """Return mean and variance as they will be when the compiled code runs."""
-    return _current_operator(stats.key, _order, list(stats.features_shape))  # type: ignore[no-any-return]
+def current(stats: RunningStats, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance, beside x, as they will be when the compiled code runs."""
+    return _current_operator(stats.key, _order, list(stats.features_shape), x.device)  # type: ignore[no-any-return]

@@ -1,11 +1,12 @@
 """torch tensors, as long as torch need not follow what is done to them.
 
-On the CPU the kernels work on their memory; elsewhere, and under `torch.func`, it is torch's own functions.
+On the CPU, and on CUDA devices, kernels work on their memory; elsewhere, and under `torch.func`, it is torch's own
+functions.
 """
 
 import ctypes
 import mmap
-from functools import partial
+from functools import lru_cache, partial
 from math import inf
 from typing import Any
 
@@ -17,9 +18,11 @@ from bnarray.backends import _again, _strided
 from bnarray.backends import numpy as numpy_backend
 from bnarray.backends._strided import WORTH_SHARING, Memory, Vector
 from bnarray.backends.generic import plain
-from bnarray.dispatch import Transform, backend
+from bnarray.cuda import obstacle
+from bnarray.dispatch import Transform, backend, load
 from bnarray.kernels.cpu import memory
 from bnarray.layout import broadcasts
+from bnarray.stats import RunningStats
 
 Tensor = torch.Tensor
 Count = Any  # a number or an array
@@ -82,8 +85,36 @@ def _has_memory(x: Tensor) -> bool:
     return x.is_cpu and not is_recorded(x) and not is_transformed()
 
 
+@lru_cache(maxsize=64)
+def _on_device(index: int) -> Any:
+    return None if obstacle(index) is not None else load("_torch_cuda")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_served(index: int) -> bool:
+    return _on_device(index) is not None
+
+
+def has_cuda_kernels(x: Tensor) -> bool:
+    """Whether there are kernels for x's CUDA device; on others torch's own functions do the work."""
+    return x.is_cuda and _is_served(x.device.index)
+
+
+def _by_cuda(x: Tensor) -> Any:
+    """What serves x by CUDA kernels; None where there are none, and where torch has to see what is done to x."""
+    return _on_device(x.device.index) if x.is_cuda and not is_recorded(x) and not is_transformed() else None
+
+
+def _is_captured(x: Tensor) -> bool:
+    """Whether x's numbers are not there yet, because what is done to them is captured in a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _of(x: Tensor) -> Any:
-    return _kernels if _has_memory(x) else plain
+    if _has_memory(x):
+        return _kernels
+    there = _by_cuda(x)
+    return plain if there is None else there.kernels
 
 
 # -- Arrays ------------------------------------------------------------------------------------------------------------
@@ -118,14 +149,19 @@ def check_where(x: Tensor, where: Tensor) -> Tensor:
     if where.dtype is not torch.bool:
         if where.dtype not in _FLOATS:
             raise TypeError(f"where has dtype {where.dtype}; it should be boolean (a mask) or floating (weights)")
-        if values_are_known(where) and not bool(((where >= 0) & torch.isfinite(where)).all()):
+        if _may_be_asked(where) and not bool(((where >= 0) & torch.isfinite(where)).all()):
             raise ValueError("where holds a weight that is negative, infinite or NaN; weights should be >= 0")
     return _plain(where, "where")
 
 
 def values_are_known(x: Tensor) -> bool:
-    """Whether a number may be asked for."""
+    """Whether x has values, and is not a part of some program that will have them."""
     return not _are_transforms_active() and not is_recorded(x)
+
+
+def _may_be_asked(x: Tensor) -> bool:
+    """Whether a number may be asked for."""
+    return values_are_known(x) and not _is_captured(x)
 
 
 def check_out(out: Tensor, x: Tensor, allowed: dict[str, Tensor], forbidden: dict[str, Tensor]) -> None:
@@ -137,21 +173,25 @@ def check_out(out: Tensor, x: Tensor, allowed: dict[str, Tensor], forbidden: dic
                     f"{name} requires grad, and autograd records no writing into out; leave out=, or call under "
                     f"torch.no_grad()"
                 )
-    if not _has_memory(out):
+    if not _has_addresses(out):
         raise TypeError("out is a tensor without memory that can be written to here; leave out=")
     _plain(out, "out")
-    views = [{name: _as_numpy(each) for name, each in arrays.items()} for arrays in (allowed, forbidden)]
-    numpy_backend.check_memory(_as_numpy(out), *views)
+    views = [{name: _addresses(each) for name, each in arrays.items()} for arrays in (allowed, forbidden)]
+    numpy_backend.check_memory(_addresses(out), *views)
 
 
-def _as_numpy(x: Tensor) -> Any:
-    """x's memory as an array, of integers where NumPy has not its dtype."""
-    x = x.detach()
-    return (x.view(torch.int16) if x.dtype is torch.bfloat16 else x).numpy()
+def _addresses(x: Tensor) -> Any:
+    return numpy_backend.at_addresses(x.data_ptr(), tuple(x.shape), _strides(x), x.itemsize)
+
+
+def _has_addresses(x: Tensor) -> bool:
+    return _has_memory(x) or _by_cuda(x) is not None
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
-    return a is b or (_has_memory(a) and _has_memory(b) and numpy_backend.overlap(_as_numpy(a), _as_numpy(b)))
+    if a is b:
+        return True
+    return _has_addresses(a) and _has_addresses(b) and numpy_backend.overlap(_addresses(a), _addresses(b))
 
 
 def device(x: Tensor) -> Any:
@@ -203,7 +243,8 @@ def convert(x: Any, like: Tensor) -> Tensor:
 
 def vector(of_features: Any, x: Tensor, copy: bool = False) -> Any:
     if not _has_memory(x):
-        return convert(of_features, x).to(torch.float64, copy=copy)
+        array = convert(of_features, x).to(torch.float64, copy=copy)
+        return array if _by_cuda(x) is None else array.detach().contiguous()
     if not isinstance(of_features, Tensor):
         return numpy_backend.vector(of_features, _NUMPY, copy)
     if of_features.dtype is torch.bfloat16:
@@ -215,6 +256,8 @@ def vector(of_features: Any, x: Tensor, copy: bool = False) -> Any:
 def of_vector(of_features: Any, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     if isinstance(of_features, Tensor):
         return of_features.to(dtype)
+    if not x.is_cpu:
+        return torch.full((), of_features, dtype=dtype, device=x.device)
     if dtype not in _OF_NUMPY:
         return torch.tensor(of_features, dtype=dtype)
     with np.errstate(all="ignore"):  # beyond a dtype is infinity, or zero
@@ -290,8 +333,18 @@ def normalize(x: Tensor, transform: Transform, out: Tensor | None) -> Tensor:
     return y
 
 
-def backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Any, Any, None] | None:
-    return _of(x).backward(dy, x, *rest)  # type: ignore[no-any-return]  # a verb
+def backward(
+    dy: Tensor, x: Tensor, transform: Transform, where: Tensor | None, is_constant: bool, out: Tensor | None
+) -> tuple[Tensor, Any, Any, Tensor | None] | None:
+    gradients = _of(x).backward(dy, x, transform, where, is_constant, out)
+    if gradients is not None and out is not None:
+        torch.autograd.graph.increment_version(out)
+    return gradients  # type: ignore[no-any-return]  # a verb
+
+
+def stats_type(like: Tensor) -> type[RunningStats]:
+    there = _by_cuda(like)
+    return RunningStats if there is None else there.Stats
 
 
 def grad_sums(dy: Tensor, x: Tensor, transform: Transform) -> tuple[Any, Any]:
@@ -314,14 +367,14 @@ def grad_input(
 
 
 def is_finite(array: Tensor, other: Tensor | None = None) -> bool:
-    return not values_are_known(array) or plain.is_finite(array, other)
+    return not _may_be_asked(array) or plain.is_finite(array, other)
 
 
 def lowest(array: Any) -> float:
     if not isinstance(array, Tensor):
         return inf if not isinstance(array, int | float) else array
-    return float(plain.lowest(array.detach())) if values_are_known(array) else inf
+    return float(plain.lowest(array.detach())) if _may_be_asked(array) else inf
 
 
 def number(array: Tensor) -> Any:
-    return float(array.detach()) if values_are_known(array) else array
+    return float(array.detach()) if _may_be_asked(array) else array

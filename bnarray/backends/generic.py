@@ -19,6 +19,7 @@ from bnarray import steps
 from bnarray.dispatch import VERBS, Array, Capabilities, Transform, backend
 from bnarray.kernels.merge import merge as _merge
 from bnarray.layout import along_features, broadcasts, features_shape, varies_along
+from bnarray.stats import RunningStats
 
 Count = Any  # a number or an array
 
@@ -508,6 +509,11 @@ def refusal(
 def choose(condition: Array, yes: Any, no: Any) -> Array:
     """Return one of two arrays or numbers, by an array without axes."""
     return array_namespace(condition).where(condition, yes, no)
+
+
+def stats_type(like: Array) -> type[RunningStats]:
+    """Return the kind of `RunningStats` that lives on an array's library and device."""
+    return RunningStats
 
 
 def prepare(stats: Any, count: Count, mean: Array, m2: Array) -> Any:

@@ -1,6 +1,7 @@
 """NumPy arrays, through the CPU kernels."""
 
 from ctypes import c_void_p
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,12 @@ def check_memory(out: ndarray, allowed: dict[str, ndarray], forbidden: dict[str,
     for name, array in forbidden.items():
         if overlap(out, array):
             raise ValueError(f"out overlaps {name}, which is still needed; give it memory of its own")
+
+
+def at_addresses(first: int, shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> ndarray:
+    """Return an array for questions about addresses alone (`overlap`, `check_memory`): it must not be read."""
+    interface = {"data": (first, False), "shape": shape, "strides": strides, "typestr": f"|V{size}", "version": 3}
+    return np.asarray(SimpleNamespace(__array_interface__=interface))
 
 
 def empty_like(x: ndarray) -> ndarray:

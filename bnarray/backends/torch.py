@@ -22,6 +22,7 @@ from bnarray.backends._torch_tensors import (
     grad_input,
     grad_sums,
     guide,
+    has_cuda_kernels,
     is_finite,
     is_recorded,
     is_transformed,
@@ -32,6 +33,7 @@ from bnarray.backends._torch_tensors import (
     of_vector,
     overlap,
     parameter_dtype,
+    stats_type,
     to_numpy,
     values_are_known,
     vector,
@@ -43,7 +45,7 @@ from bnarray.dispatch import Capabilities
 
 CAPABILITIES = Capabilities(
     dtypes=("float16", "bfloat16", "float32", "float64"),
-    runs="compiled kernels on the CPU, torch's functions elsewhere",
+    runs="compiled kernels on the CPU and CUDA devices (those not yet run on a GPU), torch's functions elsewhere",
     layouts=True,
     devices=True,
     gradients="autograd, any order",
@@ -67,8 +69,8 @@ def is_traced(*arrays: Tensor | None) -> bool:
     assert x is not None, "x comes first"
     if is_recorded(x):
         return True
-    # On a device, and under a transformation, verbs are made of torch's functions, which torch follows by itself.
-    return x.is_cpu and _is_followed(*arrays) and not is_transformed()
+    # Elsewhere, and under a transformation, verbs are made of torch's functions, which torch follows by itself.
+    return _is_followed(*arrays) and (x.is_cpu or has_cuda_kernels(x)) and not is_transformed()
 
 
 def _is_followed(*tensors: Any) -> bool:
@@ -114,4 +116,6 @@ def prepare(stats: Any, count: Count, mean: Any, m2: Any) -> Any:
 
 
 def current(stats: Any, x: Tensor) -> tuple[Any, Any]:
-    return _torch_operations.current(stats) if is_recorded(x) and x.is_cpu else stats.mean_and_var()
+    if is_recorded(x) and (x.is_cpu or has_cuda_kernels(x)):
+        return _torch_operations.current(stats, x)
+    return stats.mean_and_var()  # type: ignore[no-any-return]

@@ -57,3 +57,50 @@ from bnarray.kernels.cuda.walk import Shape
 print(len(moments.merge_kernel(Shape(32, 1, 1)).compile((9, 0))[0]) > 0, "row_stack" in vars(np))
 """
     assert run_python(code).split() == ["True", "False"]
+
+
+def test_a_device_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class DeviceDouble:
+        def __init__(self, number: int) -> None:
+            self.compute_capability = 7, 0
+
+    monkeypatch.setattr("cuda.core.Device", DeviceDouble)
+    with pytest.raises(RuntimeError, match=r"device 3 has compute capability 7\.0, and kernels need 7\.5 .*NumPy"):
+        moments.merge_kernel(SHAPE).launch(3, 0, 1, 1)
+
+
+def test_cupy_is_refused_without_what_compiles_kernels(run_python: Callable[..., str]) -> None:
+    pytest.importorskip(
+        "cupy", reason="CuPy is not installed; what is said where kernels cannot be compiled is not verified"
+    )
+    code = """
+from bnarray import cuda
+cuda._is_importable = lambda module: module != "numba_cuda"
+from bnarray import dispatch
+try:
+    dispatch.backend_of("cupy")
+except ImportError as error:
+    print(error)
+"""
+    assert run_python(code).strip() == (
+        "arrays of cupy cannot be served, because bnarray.backends.cupy fails (ImportError: numba-cuda not installed; "
+        "install them by pip install 'bnarray[cuda13]'); repair that installation, or convert the array, for example "
+        "by cupy.asnumpy"
+    )
+
+
+def test_cupy_without_a_driver(run_python: Callable[..., str]) -> None:
+    """The backend can be imported where there is no driver, and CuPy itself says that no array can be made."""
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed; its backend is verified with a double alone")
+    if cupy.is_available():
+        pytest.skip("there is a GPU; what is said without one is not verified")
+    code = """
+from bnarray import cuda, dispatch
+from bnarray.info import _declared
+print(dispatch.backend_of("cupy").capabilities == _declared("cupy"))
+print(cuda.obstacle())
+"""
+    assert run_python(code).splitlines() == [
+        "True",
+        "no NVIDIA driver is installed; install the driver, for an NVIDIA GPU",
+    ]

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sysconfig
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed; compilati
 if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
     pytest.skip("Numba simulates devices here; compilation for CUDA is not verified", allow_module_level=True)
 
-from bnarray.kernels.cuda import gate, grad_input, grad_sums, memory, moments, normalize
+from bnarray.kernels.cuda import gate, grad_input, grad_sums, memory, moments, normalize, running
 from bnarray.kernels.cuda.compiled import Kernel, entries
 from bnarray.kernels.cuda.walk import Shape
 
 CAPABILITIES = [(8, 0), (9, 0), (10, 0)]
+OLDEST = (7, 5)
 DTYPES = [memory.FLOAT16, memory.BFLOAT16, memory.FLOAT32, memory.FLOAT64]
 
 #: Channels first, channels last, and a slice whose axes do not join.
@@ -42,6 +44,27 @@ def _kernels(kind: int, shape: Shape) -> list[Kernel]:
     ]
 
 
+def _by_vectors() -> list[Kernel]:
+    """Some that access 16 bytes at once, in each dtype."""
+    merging, onto = (False, True), (True, False)
+    made = []
+    for kind, options, gates in (
+        (memory.FLOAT16, (merging,), (gate.RELU_ONTO,)),
+        (memory.BFLOAT16, (merging,), ()),
+        (memory.FLOAT32, (merging,), (gate.RELU,)),
+        (memory.FLOAT64, (onto,), ()),
+    ):
+        shape = SHAPES[0]._replace(width=memory.width_of(kind))
+        made += [normalize.kernel(kind, *each, shape) for each in options]
+        made += [grad_input.kernel(kind, kind, None, each, grad_input.BATCH, True, shape) for each in gates]
+    return made
+
+
+@cache
+def _compiled(kernel: Kernel, capability: tuple[int, int]) -> tuple[bytes, str]:
+    return kernel.compile(capability)
+
+
 def _cases() -> list[Any]:
     """Every kernel in every shape, dtypes and capabilities in turns."""
     kernels = [
@@ -51,13 +74,16 @@ def _cases() -> list[Any]:
         for kernel in _kernels(kind, shape)
     ]
     kernels += [make(shape) for shape in SHAPES[:2] for make in (moments.merge_kernel, grad_sums.add_kernel)]
+    kernels += [running.kernel()]
     cases = [(kernel, CAPABILITIES[i % 3]) for i, kernel in enumerate(kernels)]
+    cases += [(kernel, OLDEST) for kernel in (*_kernels(memory.FLOAT16, SHAPES[1])[:5:4], running.kernel())]
+    cases += [(kernel, (9, 0)) for kernel in _by_vectors()]
     return [pytest.param(*case, id="{}-sm_{}{}".format(case[0].name, *case[1])) for case in cases]
 
 
 @pytest.mark.parametrize(("kernel", "capability"), _cases())
 def test_registers_are_enough(kernel: Kernel, capability: tuple[int, int]) -> None:
-    code, log = kernel.compile(capability)
+    code, log = _compiled(kernel, capability)
     assert len(entries(code)) == 1
 
     def said(pattern: str) -> int:
@@ -65,9 +91,10 @@ def test_registers_are_enough(kernel: Kernel, capability: tuple[int, int]) -> No
         return int(number)
 
     assert said(r"Used (\d+) registers") <= {4: 64, 3: 80}[kernel.blocks]
-    # With two axes more than usual to divide by, or three operands to sum, some numbers that loops do not need wait in
-    # memory.
-    most = 64 if kernel.name.endswith(str(SHAPES[2])) else 32 if kernel.name.startswith("grad_sums_2") else 0
+    # With two axes more than usual to divide by, or three operands to sum or to hold vectors of, some numbers that
+    # loops do not need wait in memory.
+    has_many = kernel.name.startswith("grad_sums_2") or re.match("grad_input_2.*_by_", kernel.name)
+    most = 64 if kernel.name.endswith(str(SHAPES[2])) else 32 if has_many else 0
     assert said(r"(\d+) bytes stack frame") <= most
     assert said(r"(\d+) bytes spill stores") <= most
     assert said(r"(\d+) bytes spill loads") <= 2 * most
@@ -104,8 +131,20 @@ def test_loops_over_elements_do_without_float64(kind: int, shape: Shape, tmp_pat
         grad_sums.kernel(kind, kind, gate.RELU, shape),
         grad_input.kernel(kind, kind, None, gate.RELU, grad_input.BATCH, True, shape),
     ):
-        loops = _loops(kernel.compile((9, 0))[0], tmp_path)
+        loops = _loops(_compiled(kernel, (9, 0))[0], tmp_path)
         reading = [loop for loop in loops if any(each.startswith("LDG") for each in loop)]
         # What is beyond float32 has loops in float64 of its own, and so have the merges.
         single = [loop for loop in reading if not any(re.match(r"D(ADD|MUL|FMA|SETP)", each) for each in loop)]
         assert any(re.match(r"F(ADD|MUL|FMA)", each) for loop in single for each in loop), kernel.name
+
+
+@pytest.mark.parametrize("kernel", _by_vectors(), ids=lambda kernel: kernel.name)
+def test_vectors_are_accessed_at_once(kernel: Kernel, tmp_path: Path) -> None:
+    if not _DISASSEMBLER.exists():
+        pytest.skip("nvidia-cuda-nvdisasm is not installed; how wide kernels' accesses are is not verified")
+    loops = _loops(_compiled(kernel, (9, 0))[0], tmp_path)
+    accesses = [{each for each in loop if each.startswith(("LDG", "STG"))} for loop in loops]
+    # What is beyond float32 has a loop of its own, over elements.
+    assert any(
+        loop and all(".128" in each for each in loop) for loop in accesses if any("STG" in each for each in loop)
+    )

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ SIMULATED = Path(__file__).parent / "simulated"
 
 @pytest.mark.parametrize("file", sorted(path.name for path in SIMULATED.glob("test_*.py")))
 def test_simulated(file: str) -> None:
+    if file == "test_torch.py" and find_spec("torch") is None:
+        pytest.skip("torch is not installed; that its tensors reach the CUDA kernels is not verified")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SIMULATED / file)],
         env=os.environ | {"NUMBA_ENABLE_CUDASIM": "1"},

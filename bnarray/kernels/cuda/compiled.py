@@ -19,6 +19,8 @@ from typing import Any
 from bnarray.kernels import disk  # isort: skip  # before any other kernel module: it takes the sources' digest
 import numpy as np
 
+from bnarray.cuda import too_old
+
 #: Of a block, in every kernel.
 THREADS = 256
 
@@ -134,10 +136,32 @@ class Kernel:
     def _load(self, device: int) -> Any:
         from cuda.core import Device, ObjectCode
 
-        capability = Device(device).compute_capability
-        code = self.code((capability.major, capability.minor))
+        major, minor = Device(device).compute_capability
+        obstacle = too_old(device, (major, minor))
+        if obstacle is not None:
+            raise RuntimeError(f"{obstacle}; move the arrays to another device, or to NumPy")
+        code = self.code((major, minor))
         (entry,) = entries(code)
         return ObjectCode.from_cubin(code).get_kernel(entry)
+
+
+class _Contexts(threading.local):
+    """The devices whose context a thread was given."""
+
+    def __init__(self) -> None:
+        self.devices: set[int] = set()
+
+
+_contexts = _Contexts()
+
+
+def make_current(device: int) -> None:
+    """Give this thread the context of a device, once: libraries leave that to their own first call that needs it."""
+    if device not in _contexts.devices:
+        from cuda.core import Device
+
+        Device(device).set_current()
+        _contexts.devices.add(device)
 
 
 def flattened(arguments: tuple[Any, ...]) -> list[Any]:

@@ -30,7 +30,19 @@ from bnarray.kernels.cuda.compiled import THREADS, Kernel, cuda, index, machiner
 from bnarray.kernels.cuda.exact import is_middling
 from bnarray.kernels.cuda.gate import OPEN, RELU_ONTO
 from bnarray.kernels.cuda.grad_sums import adding
-from bnarray.kernels.cuda.memory import BOOL, FLOAT64, NAMES, POINTERS, loader, storer
+from bnarray.kernels.cuda.memory import (
+    BOOL,
+    FLOAT64,
+    NAMES,
+    POINTERS,
+    each_of,
+    is_by_vectors,
+    load_elements,
+    loader,
+    reader,
+    store_elements,
+    writer,
+)
 from bnarray.kernels.cuda.walk import grid, place, walk
 
 #: What the statistics were to the elements: constants; their own mean; their weighted mean.
@@ -38,13 +50,77 @@ CONSTANT, BATCH, WEIGHTED = range(3)
 
 
 @cache
+def _step(kind, dy_kind, where_kind, gate, statistics, real, width):
+    """Make the function that writes what follows from a position of x and dy to one of dx (and of dresidual).
+
+    What the formula does not ask for is not read: the compiler leaves that out.
+    """
+    read, read_dy, write, zero = reader(kind, real), reader(dy_kind, real), writer(kind), real(0)
+    load_weight = loader(where_kind, real)
+
+    @machinery
+    def find_dz(value, gradient, added, shared):
+        center, low, rest, scale, bias, _, _ = shared
+        dz = read_dy(gradient)
+        if gate != OPEN:
+            z = transformed(read(value), center, low, rest, scale, bias)
+            if gate == RELU_ONTO:
+                z = z + read(added)
+            dz = zero if z <= zero else dz
+        return dz
+
+    @machinery
+    def find_dx(value, dz, w, shared):
+        center, low, rest, scale, _, common, slope = shared
+        slopes = dz
+        if statistics == BATCH:
+            slopes = (dz - common) - (((read(value) - center) - low) - rest) * slope
+        elif statistics == WEIGHTED and w != zero:
+            slopes = dz - w * (common + (((read(value) - center) - low) - rest) * slope)
+        return write(scale * slopes)
+
+    @machinery
+    def by_element(x, x_at, dy, dy_at, dx, dx_at, where, w_at, residual, r_at, dresidual, dr_at, shared):
+        value = x[x_at]
+        dz = find_dz(value, dy[dy_at], residual[r_at], shared)
+        if gate == RELU_ONTO:
+            dresidual[dr_at] = write(dz)
+        dx[dx_at] = find_dx(value, dz, load_weight(where, w_at), shared)
+
+    @machinery
+    def by_turns(x, x_at, dy, dy_at, dx, dx_at, where, w_at, residual, r_at, dresidual, dr_at, shared):
+        for turn in range(width):
+            by_element(
+                x, x_at + turn, dy, dy_at + turn, dx, dx_at + turn, where, w_at + turn, residual, r_at + turn,
+                dresidual, dr_at + turn, shared,
+            )  # fmt: skip
+
+    if not is_by_vectors(kind, real, width):
+        return by_element if width == 1 else by_turns
+
+    @machinery
+    def element_of(dz, same, again, shared):
+        return write(dz)
+
+    load, store = load_elements(width), store_elements(width)
+    dzs_of, dxs_of, elements = each_of(find_dz, width), each_of(find_dx, width), each_of(element_of, width)
+
+    @machinery
+    def by_vector(x, x_at, dy, dy_at, dx, dx_at, where, w_at, residual, r_at, dresidual, dr_at, shared):
+        values = load(x, x_at)
+        dzs = dzs_of(values, load(dy, dy_at), load(residual, r_at), shared)
+        if gate == RELU_ONTO:
+            store(dresidual, dr_at, elements(dzs, dzs, dzs, shared))
+        store(dx, dx_at, dxs_of(values, dzs, dzs, shared))
+
+    return by_vector
+
+
+@cache
 def _loop(kind, dy_kind, where_kind, gate, statistics, shape, real):
     """Make the loop over a thread's part of a chunk."""
     begin, at, onward = walk(shape)
-    load, load_dy, load_weight = loader(kind, real), loader(dy_kind, real), loader(where_kind, real)
-    store, split = storer(kind), parts(real)
-    zero = real(0)
-    reads_x = statistics != CONSTANT or gate != OPEN
+    step, split = _step(kind, dy_kind, where_kind, gate, statistics, real, shape.width), parts(real)
 
     @machinery
     def write(
@@ -53,26 +129,15 @@ def _loop(kind, dy_kind, where_kind, gate, statistics, shape, real):
         chunk, positions, rows, places, sizes, x_steps, dy_steps, dx_steps, w_steps, r_steps, dr_steps,
     ):  # fmt: skip
         center, low, rest = split(mean)
-        scale, bias, common, slope = real(factor), real(term), real(mean_dz), real(steep)
+        shared = center, low, rest, real(factor), real(term), real(mean_dz), real(steep)
         times, row, spot = begin(part, chunk, positions, sizes)
         for _ in range(times):
-            dz = load_dy(dy, dy_start + at(row, spot, sizes, dy_steps))
-            value = load(x, x_start + at(row, spot, sizes, x_steps)) if reads_x else zero
-            if gate != OPEN:
-                z = transformed(value, center, low, rest, scale, bias)
-                if gate == RELU_ONTO:
-                    z = z + load(residual, r_start + at(row, spot, sizes, r_steps))
-                dz = zero if z <= zero else dz
-                if gate == RELU_ONTO:
-                    store(dresidual, dr_start + at(row, spot, sizes, dr_steps), dz)
-            slopes = dz
-            if statistics == BATCH:
-                slopes = (dz - common) - (((value - center) - low) - rest) * slope
-            elif statistics == WEIGHTED:
-                w = load_weight(where, w_start + at(row, spot, sizes, w_steps))
-                if w != zero:
-                    slopes = dz - w * (common + (((value - center) - low) - rest) * slope)
-            store(dx, dx_start + at(row, spot, sizes, dx_steps), scale * slopes)
+            step(
+                x, x_start + at(row, spot, sizes, x_steps), dy, dy_start + at(row, spot, sizes, dy_steps),
+                dx, dx_start + at(row, spot, sizes, dx_steps), where, w_start + at(row, spot, sizes, w_steps),
+                residual, r_start + at(row, spot, sizes, r_steps),
+                dresidual, dr_start + at(row, spot, sizes, dr_steps), shared,
+            )  # fmt: skip
             row, spot = onward(row, spot, rows, places, sizes)
 
     return write

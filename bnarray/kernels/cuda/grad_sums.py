@@ -26,7 +26,7 @@ from bnarray.kernels.cuda.coefficients import (
     transformed,
 )
 from bnarray.kernels.cuda.compiled import THREADS, Kernel, cuda, index, machinery, numbers, types, vector
-from bnarray.kernels.cuda.exact import add, is_middling, product, whole
+from bnarray.kernels.cuda.exact import add, is_middling, product, two_sum, whole
 from bnarray.kernels.cuda.gate import OPEN, RELU_ONTO
 from bnarray.kernels.cuda.memory import FLOAT64, NAMES, POINTERS, loader
 from bnarray.kernels.cuda.walk import grid, place, walk
@@ -64,14 +64,15 @@ def _loop(kind, dy_kind, gate, shape, real):
                     z = z + load(residual, r_start + at(row, spot, sizes, r_steps))
                 dz = zero if z <= zero else dz
             if dz != zero:
-                deviation = ((value - center) - low) - rest
                 if is_single:
                     plain, plain_low = add(plain, plain_low, dz, zero)
-                    share, error = product(dz, deviation)
-                    sloped, sloped_low = add(sloped, sloped_low, share, error)
+                    # What subtracting the mean rounds away shows where shares of both signs leave little of the sum.
+                    deviation, error = two_sum(value, -center)
+                    share, lost = product(dz, deviation)
+                    sloped, sloped_low = add(sloped, sloped_low, share, lost + dz * ((error - low) - rest))
                 else:
                     plain += dz
-                    sloped += dz * deviation
+                    sloped += dz * (((value - center) - low) - rest)
             row, spot = onward(row, spot, rows, places, sizes)
         return whole(plain, plain_low), whole(sloped, sloped_low), fits
 

@@ -4,7 +4,7 @@ from functools import cache
 
 import numpy as np
 
-from bnarray.kernels.cuda.compiled import cuda, machinery, pointer, types
+from bnarray.kernels.cuda.compiled import IS_SIMULATED, cuda, machinery, pointer, types
 
 #: What an array's elements are.
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64, BOOL = range(5)
@@ -26,41 +26,160 @@ def _bits_of(value):
 
 
 @cache
-def loader(kind, real):
-    """Make the function that reads an element as a `real` number."""
+def reader(kind, real):
+    """Make the function from an element to a `real` number."""
 
     @machinery
-    def load(array, i):
-        return real(array[i])
+    def read(element):
+        return real(element)
 
     @machinery
-    def load_bfloat16(array, i):
-        return real(_float_of(np.uint32(np.uint32(array[i]) << np.uint32(16))))
+    def read_bfloat16(element):
+        return real(_float_of(np.uint32(np.uint32(element) << np.uint32(16))))
 
-    return load_bfloat16 if kind == BFLOAT16 else load
+    return read_bfloat16 if kind == BFLOAT16 else read
 
 
 @cache
-def storer(kind):
-    """Make the function that rounds a number, to the nearest or the even one, and writes it."""
+def writer(kind):
+    """Make the function from a number to an element: the nearest, or the even one of two."""
 
     @machinery
-    def store_float16(array, i, value):
-        array[i] = np.float16(np.float32(value))
+    def write_float16(value):
+        return np.float16(np.float32(value))
 
     @machinery
-    def store_bfloat16(array, i, value):
+    def write_bfloat16(value):
         single = np.float32(value)
         bits = _bits_of(single)
         rounded = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
-        array[i] = np.uint16(np.uint32(rounded >> np.uint32(16)) if single == single else np.uint32(0x7FC0))
+        return np.uint16(np.uint32(rounded >> np.uint32(16)) if single == single else np.uint32(0x7FC0))
 
     @machinery
-    def store_float32(array, i, value):
-        array[i] = np.float32(value)
+    def write_float32(value):
+        return np.float32(value)
 
     @machinery
-    def store_float64(array, i, value):
-        array[i] = np.float64(value)
+    def write_float64(value):
+        return np.float64(value)
 
-    return (store_float16, store_bfloat16, store_float32, store_float64)[kind]
+    return (write_float16, write_bfloat16, write_float32, write_float64)[kind]
+
+
+@cache
+def loader(kind, real):
+    """Make the function that reads the element at an index as a `real` number."""
+    read = reader(kind, real)
+
+    @machinery
+    def load(array, i):
+        return read(array[i])
+
+    return load
+
+
+# -- Vectors of 16 bytes -----------------------------------------------------------------------------------------------
+
+#: Bytes of the widest access of a thread, to which its address is aligned.
+WIDEST = 16
+
+
+def width_of(kind: int) -> int:
+    """How many elements are in the widest access."""
+    return WIDEST // (2, 2, 4, 8, 1)[kind]
+
+
+if IS_SIMULATED:
+    load_elements = store_elements = None  # the simulator's
+else:
+    from llvmlite import ir
+    from numba.cuda.extending import intrinsic
+
+    _WORD, _HALF = ir.IntType(32), ir.IntType(16)
+    _WORDS = ir.VectorType(_WORD, 4)
+
+    def _words_at(context, builder, pointer, i):
+        """The address of a vector, in global memory."""
+        return builder.addrspacecast(
+            builder.bitcast(builder.gep(pointer, [i]), _WORDS.as_pointer()), _WORDS.as_pointer(1)
+        )
+
+    def _elements_of(builder, words, kind, width):
+        """The elements in four words. Those of 16 bits are cut out of words one by one: the compiler would see through
+        a cast of the vector, and access its halves."""
+        if width < 8:
+            elements = builder.bitcast(words, ir.VectorType(kind, width))
+            return [builder.extract_element(elements, _WORD(k)) for k in range(width)]
+        singles = [builder.extract_element(words, _WORD(k)) for k in range(4)]
+        halves = [builder.trunc(each, _HALF) for word in singles for each in (word, builder.lshr(word, _WORD(16)))]
+        return [builder.bitcast(half, kind) for half in halves]
+
+    def _words_of(builder, elements, kind, width):
+        """Four words of elements."""
+        vector = ir.Constant(ir.VectorType(kind, width) if width < 8 else _WORDS, ir.Undefined)
+        if width == 8:
+            singles = [builder.zext(builder.bitcast(each, _HALF), _WORD) for each in elements]
+            pairs = zip(singles[::2], singles[1::2], strict=True)
+            elements = [builder.or_(low, builder.shl(high, _WORD(16))) for low, high in pairs]
+        for k, element in enumerate(elements):
+            vector = builder.insert_element(vector, element, _WORD(k))
+        return builder.bitcast(vector, _WORDS)
+
+    @cache
+    def load_elements(width):
+        """Make the function that reads a vector's elements, from the one at an index on, at once."""
+
+        @intrinsic
+        def load(typingctx, array, i):
+            def generate(context, builder, signature, arguments):
+                words = builder.load(_words_at(context, builder, *arguments), align=WIDEST)
+                elements = _elements_of(builder, words, context.get_value_type(array.dtype), width)
+                return context.make_tuple(builder, signature.return_type, elements)
+
+            return types.UniTuple(array.dtype, width)(array, types.int64), generate
+
+        return load
+
+    @cache
+    def store_elements(width):
+        """Make the function that writes a vector's elements at once."""
+
+        @intrinsic
+        def store(typingctx, array, i, elements):
+            def generate(context, builder, signature, arguments):
+                pointer, at, given = arguments
+                singles = [builder.extract_value(given, k) for k in range(width)]
+                words = _words_of(builder, singles, context.get_value_type(array.dtype), width)
+                builder.store(words, _words_at(context, builder, pointer, at), align=WIDEST)
+                return context.get_dummy_value()
+
+            return types.void(array, types.int64, elements), generate
+
+        return store
+
+
+def is_by_vectors(kind, real, width):
+    """Whether a loop accesses vectors at once: not the one in float64 for what float32 cannot hold, which is rare, and
+    would double the time to compile."""
+    return width > 1 and (real is np.float32 or kind == FLOAT64)
+
+
+@cache
+def each_of(function, width):
+    """Make the function that applies another to three tuples' elements, in turn, and to what all of them share."""
+    last = width - 1
+
+    @machinery
+    def of_one(a, b, c, shared):
+        return (function(a[0], b[0], c[0], shared),)
+
+    if width == 1:
+        return of_one
+    before = each_of(function, last)
+
+    @machinery
+    def of_many(a, b, c, shared):
+        one = function(a[last], b[last], c[last], shared)
+        return before(a, b, c, shared) + (one,)  # noqa: RUF005  # Numba unpacks no tuples
+
+    return of_many

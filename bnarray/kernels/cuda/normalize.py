@@ -26,15 +26,60 @@ from bnarray.kernels.cuda.coefficients import (
     transformed,
 )
 from bnarray.kernels.cuda.compiled import THREADS, Kernel, cuda, index, machinery, numbers, types, vector
-from bnarray.kernels.cuda.memory import FLOAT64, NAMES, POINTERS, loader, storer
+from bnarray.kernels.cuda.memory import (
+    FLOAT64,
+    NAMES,
+    POINTERS,
+    each_of,
+    is_by_vectors,
+    load_elements,
+    reader,
+    store_elements,
+    writer,
+)
 from bnarray.kernels.cuda.walk import grid, place, walk
+
+
+@cache
+def _step(kind, onto, real, width):
+    """Make the function that writes what follows from a position of x, and of the residual, to one of y."""
+    read, write = reader(kind, real), writer(kind)
+
+    @machinery
+    def element(value, added, _, shared):
+        center, low, rest, scale, bias, floor = shared
+        z = transformed(read(value), center, low, rest, scale, bias)
+        if onto:
+            z = z + read(added)
+        return write(floor if z < floor else z)
+
+    @machinery
+    def by_element(x, i, y, j, residual, k, shared):
+        value = x[i]
+        y[j] = element(value, residual[k], value, shared)
+
+    @machinery
+    def by_turns(x, i, y, j, residual, k, shared):
+        for turn in range(width):
+            by_element(x, i + turn, y, j + turn, residual, k + turn, shared)
+
+    if not is_by_vectors(kind, real, width):
+        return by_element if width == 1 else by_turns
+    load, store, elements = load_elements(width), store_elements(width), each_of(element, width)
+
+    @machinery
+    def by_vector(x, i, y, j, residual, k, shared):
+        values = load(x, i)
+        store(y, j, elements(values, load(residual, k), values, shared))
+
+    return by_vector
 
 
 @cache
 def _loop(kind, onto, shape, real):
     """Make the loop over a thread's part of a chunk."""
     begin, at, onward = walk(shape)
-    load, store, split = loader(kind, real), storer(kind), parts(real)
+    step, split = _step(kind, onto, real, shape.width), parts(real)
     lowest, zero = real(-np.inf), real(0)
 
     @machinery
@@ -43,15 +88,12 @@ def _loop(kind, onto, shape, real):
         part, chunk, positions, rows, places, sizes, x_steps, y_steps, r_steps,
     ):  # fmt: skip
         center, low, rest = split(mean)
-        scale, bias = real(factor), real(term)
-        floor = zero if relu else lowest
+        shared = center, low, rest, real(factor), real(term), zero if relu else lowest
         times, row, spot = begin(part, chunk, positions, sizes)
         for _ in range(times):
-            value = load(x, x_start + at(row, spot, sizes, x_steps))
-            z = transformed(value, center, low, rest, scale, bias)
-            if onto:
-                z = z + load(residual, r_start + at(row, spot, sizes, r_steps))
-            store(y, y_start + at(row, spot, sizes, y_steps), floor if z < floor else z)
+            i, j = x_start + at(row, spot, sizes, x_steps), y_start + at(row, spot, sizes, y_steps)
+            k = r_start + at(row, spot, sizes, r_steps)  # (of x, where there is no residual)
+            step(x, i, y, j, residual, k, shared)
             row, spot = onward(row, spot, rows, places, sizes)
 
     return write

@@ -8,6 +8,9 @@ which each line takes every so-many-th position.
 A position is a row, the index over the outer axes, and a place along the inner one. Arguments `sizes` and `steps` (the
 elements between neighbours, for each operand) go over the outer axes, the inner one, and the feature axes. Indices have
 64 bits. Going on to the next position divides only where there are two outer axes or more.
+
+Where elements are worked on one by one, a position may be a vector of 16 bytes along the inner axis: sizes and steps
+are then those of vectors. The bits are the same, because no element hears of another.
 """
 
 from functools import cache
@@ -24,6 +27,7 @@ class Shape(NamedTuple):
     across: int
     outer: int  # axes
     features: int  # axes
+    width: int = 1  # elements that a thread reads and writes at once: positions are of so many
 
     @property
     def axes(self) -> int:
@@ -34,7 +38,8 @@ class Shape(NamedTuple):
         return THREADS // self.across
 
     def __str__(self) -> str:
-        return f"{self.across}_{self.outer}_{self.features}"
+        wide = f"_by_{self.width}" if self.width > 1 else ""
+        return f"{self.across}_{self.outer}_{self.features}{wide}"
 
 
 #: What every kernel takes first: positions of a chunk, chunks, positions, features; what a step to the next position

@@ -8,10 +8,10 @@ import pytest
 
 from bnarray import dispatch
 from bnarray.backends import _cuda
-from bnarray.kernels.cuda import block, compiled, grad_input, grad_sums, moments, normalize, walk
+from bnarray.kernels.cuda import block, compiled, grad_input, grad_sums, moments, normalize, running, walk
 from tests.cuda.simulated import simulator
 
-_MODULES = (block, compiled, grad_input, grad_sums, moments, normalize, walk, _cuda)
+_MODULES = (block, compiled, grad_input, grad_sums, moments, normalize, running, walk, _cuda)
 THREADS, CHUNK = compiled.THREADS, _cuda.CHUNK
 
 

@@ -5,7 +5,9 @@ is about a hundred times faster, and blocks run in an order that nothing may dep
 """
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,28 +16,48 @@ from greenlet import getcurrent, greenlet
 from numba.cuda import types
 
 from bnarray.backends._cuda import Memory
-from bnarray.kernels.cuda import block, compiled, exact, grad_input, grad_sums, memory, moments, normalize, walk
+from bnarray.kernels.cuda import (
+    block,
+    compiled,
+    exact,
+    grad_input,
+    grad_sums,
+    memory,
+    moments,
+    normalize,
+    running,
+    walk,
+)
 
 _DTYPES = {types.float64: np.float64, types.float32: np.float32}
 _KINDS = {name: kind for kind, name in enumerate(memory.NAMES)}
 
 
-class Pointer:
+class Pointer(int):
     """The address of an array's first element: indexed by elements from there, as far as the array reaches."""
 
-    def __init__(self, array: np.ndarray, steps: tuple[int, ...]) -> None:
+    _flat: np.ndarray
+    _origin: int
+
+    def __new__(cls, array: np.ndarray, steps: tuple[int, ...]) -> "Pointer":
+        self = super().__new__(cls, array.ctypes.data)
         if array.dtype.kind != "f":  # bool, and bfloat16, are bits to kernels
             array = array.view(np.uint8 if array.dtype == np.bool else np.uint16)
         reach = [step * (size - 1) for step, size in zip(steps, array.shape, strict=True)]
         self._origin = -sum(each for each in reach if each < 0)
         lowest = array[(*(slice(-1, None) if each < 0 else slice(1) for each in reach), ...)]
         self._flat = np.lib.stride_tricks.as_strided(lowest, (sum(map(abs, reach)) + 1,), (array.itemsize,))
+        return self
 
     def _at(self, i: int) -> int:
         at = self._origin + int(i)
         if not 0 <= at < self._flat.size:
             raise IndexError(f"element {i} is outside of the array")
         return at
+
+    def assert_aligned(self, i: int) -> None:
+        """Raise, as a device does, if a vector does not begin at element i."""
+        assert (self + int(i) * self._flat.itemsize) % memory.WIDEST == 0, "misaligned"
 
     def __getitem__(self, i: int) -> Any:
         return self._flat[self._at(i)]
@@ -60,6 +82,9 @@ class Library:
     def vector(self, shape: tuple[int, ...], like: np.ndarray) -> np.ndarray:
         return np.full(shape, np.nan)
 
+    def on_device_of(self, x: np.ndarray) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def queue(self, x: np.ndarray) -> tuple[int, int]:
         return 0, 0
 
@@ -68,7 +93,7 @@ class _Block:
     def __init__(self, number: int) -> None:
         self.number = number
         self.shared: dict[Any, np.ndarray] = {}
-        self.votes: list[bool] = []
+        self.votes: defaultdict[int, list[bool]] = defaultdict(list)  # by how many a thread has taken part in
 
 
 class _Cuda:
@@ -90,13 +115,12 @@ class _Cuda:
         getcurrent().parent.switch("sync")
 
     def syncthreads_or(self, predicate: Any) -> int:
-        block = getcurrent().block
-        block.votes.append(bool(predicate))
+        thread = getcurrent()
+        votes = thread.block.votes[thread.votes]
+        thread.votes += 1
+        votes.append(bool(predicate))
         self.syncthreads()
-        answer = any(block.votes)
-        self.syncthreads()
-        block.votes.clear()
-        return int(answer)
+        return int(any(votes))
 
     @property
     def libdevice(self) -> "_Cuda":
@@ -118,7 +142,7 @@ def _run_block(function: Callable[..., None], number: int, arguments: tuple[Any,
     block, threads = _Block(number), []
     for i in range(compiled.THREADS):
         thread = greenlet(function)
-        thread.number, thread.block = i, block
+        thread.number, thread.block, thread.votes = i, block, 0
         threads.append(thread)
     waiting = [thread.switch(*arguments) == "sync" for thread in threads]
     while any(waiting):
@@ -137,13 +161,41 @@ def launch(self: Any, device: int, stream: int, blocks: int, *arguments: Any) ->
         with np.errstate(all="ignore"):  # which each greenlet has for itself
             self.function(*arguments)
 
-    for number in np.random.default_rng(blocks).permutation(blocks):
-        _run_block(thread, int(number), arguments)
+    def work() -> None:
+        for number in np.random.default_rng(blocks).permutation(blocks):
+            _run_block(thread, int(number), arguments)
+
+    give(device, stream, work)
+
+
+def give(device: int, stream: int, work: Callable[[], None]) -> None:
+    """Have work done: at once, where no double of a library has streams."""
+    work()
+
+
+def _load_elements(width: int) -> Callable[[Pointer, int], tuple[Any, ...]]:
+    def load(array: Pointer, i: int) -> tuple[Any, ...]:
+        array.assert_aligned(i)
+        return tuple(array[i + k] for k in range(width))
+
+    return load
+
+
+def _store_elements(width: int) -> Callable[[Pointer, int, tuple[Any, ...]], None]:
+    def store(array: Pointer, i: int, elements: tuple[Any, ...]) -> None:
+        array.assert_aligned(i)
+        for k, element in zip(range(width), elements, strict=True):
+            array[i + k] = element
+
+    return store
 
 
 def install() -> None:
     """Let launches run here."""
+    for module in (normalize, grad_input):
+        module.load_elements, module.store_elements = _load_elements, _store_elements
     compiled.Kernel.launch = launch
-    for module in (block, compiled, exact, grad_input, grad_sums, memory, moments, normalize, walk):
+    compiled.make_current = lambda device: None
+    for module in (block, compiled, exact, grad_input, grad_sums, memory, moments, normalize, running, walk):
         if hasattr(module, "cuda"):
             module.cuda = _Cuda()

@@ -1,7 +1,9 @@
 """Numbers that float32 arithmetic alone would lose, and what must not depend on how work is cut; in a simulator."""
 
 from types import SimpleNamespace
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -78,6 +80,55 @@ def test_both_ways_forward_give_the_same_bits(simulated: SimpleNamespace) -> Non
     assert again[0] == count
     np.testing.assert_array_equal(again[1], mean)
     np.testing.assert_array_equal(again[2], m2)
+
+
+def _laid(x: np.ndarray, elements: int) -> np.ndarray:
+    """x in memory that begins so many elements behind a multiple of 16 bytes."""
+    buffer = np.zeros(x.size + 64, x.dtype)
+    first = -(buffer.ctypes.data // x.itemsize) % (16 // x.itemsize) + elements
+    y = buffer[first : first + x.size].reshape(x.shape)
+    y[...] = x
+    assert y.ctypes.data % 16 == elements * x.itemsize
+    return y
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+@pytest.mark.parametrize("residual", [False, True])
+def test_vectors_and_elements_give_the_same_bits(
+    simulated: SimpleNamespace, dtype: Any, residual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accesses of 16 bytes, where memory allows them, change nothing but their number."""
+    rng, widths = np.random.default_rng(9), []
+    plan = _cuda.plan
+
+    def seen(*arguments: Any, width: int = 1) -> Any:
+        way = plan(*arguments, width=width)
+        widths.append(way.shape.width)
+        return way
+
+    monkeypatch.setattr(_cuda, "plan", seen)
+    x, onto, dy = rng.normal(3, 2, (3, 5, 3, 48)).astype(dtype)
+    results = []
+    for shift in (0, 1):
+        laid = [_laid(each, shift) for each in (x, onto, dy)]
+        y, saved = bn.batch_norm_forward(
+            laid[0], residual=laid[1] if residual else None, activation="relu", out=_laid(x, shift)
+        )
+        gradients = bn.batch_norm_backward(laid[2], saved, out=_laid(x, shift))
+        results.append((y, *(each for each in gradients if each is not None)))
+        widest, widths[:] = max(widths), []
+        assert widest == (1 if shift else 16 // x.itemsize)
+    for aligned, shifted in zip(*results, strict=True):
+        np.testing.assert_array_equal(aligned.view(np.uint8), shifted.view(np.uint8))
+
+
+def test_rows_that_begin_anywhere_are_no_vectors(simulated: SimpleNamespace) -> None:
+    """The first is aligned, and those after it are not: a vector would raise."""
+    x = _laid(np.random.default_rng(10).normal(size=(3, 5, 49)).astype(np.float32), 0)[:, :, :48]
+    y, saved = bn.batch_norm_forward(x, axis=1)
+    expected, again = bn.batch_norm_forward(x.copy(), axis=1)
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_allclose(bn.batch_norm_backward(y, saved).x, bn.batch_norm_backward(y, again).x, atol=1e-7)
 
 
 def test_in_place(simulated: object) -> None:

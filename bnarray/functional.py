@@ -130,8 +130,9 @@ def batch_norm(
     residual
         Array like x, added before the activation.
     group
-        The processes whose arrays are one batch: a communicator of mpi4py or torch.distributed, or an object with
-        ``rank``, ``size`` and ``allgather(array)``. All its members make the call, one with an empty array too.
+        The processes whose arrays are one batch: a communicator of mpi4py, torch.distributed or CuPy's NCCL, or an
+        object with ``rank``, ``size`` and ``allgather(array)``. All its members make the call, one with an empty array
+        too.
     out
         Array to write into, and what is returned. ``out=x`` and ``out=residual`` are allowed.
 

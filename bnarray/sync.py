@@ -83,6 +83,25 @@ class _Torch:
         return rows.cpu().numpy()
 
 
+class _Nccl:
+    """A communicator of CuPy's, between GPUs."""
+
+    def __init__(self, group: Any) -> None:
+        import cupy
+
+        self._cupy, self._group = cupy, group
+        self.rank, self.size = group.rank_id(), group.size()
+
+    def allgather(self, array: Floats) -> Floats:
+        cuda = self._cupy.cuda
+        with cuda.Device(self._group.device_id()):
+            row, rows = self._cupy.asarray(array), self._cupy.empty((self.size, array.size))
+            places = row.data.ptr, rows.data.ptr
+            self._group.allGather(*places, array.size, cuda.nccl.NCCL_FLOAT64, cuda.get_current_stream().ptr)
+            gathered: Floats = self._cupy.asnumpy(rows)  # which waits for the stream
+        return gathered
+
+
 class _Own:
     """An object of the user's own."""
 
@@ -124,11 +143,13 @@ def members(group: Any) -> Members:
         return _Mpi(group)
     if "torch" in libraries and any(kind.__name__ == "ProcessGroup" for kind in kinds):
         return _Torch(group)
+    if any(kind.__name__ == "NcclCommunicator" for kind in kinds):
+        return _Nccl(group)
     if not isinstance(group, type) and all(hasattr(group, name) for name in ("rank", "size", "allgather")):
         return _Own(group)
     raise TypeError(
-        f"group is a {kinds[0].__module__}.{kinds[0].__qualname__}; it should be a communicator of mpi4py, a process "
-        f"group of torch.distributed, or an object with rank, size and allgather(array)"
+        f"group is a {kinds[0].__module__}.{kinds[0].__qualname__}; it should be a communicator of mpi4py or of "
+        f"CuPy's NCCL, a process group of torch.distributed, or an object with rank, size and allgather(array)"
     )
 
 

@@ -178,7 +178,8 @@ for draw in range(300):
     shape = tuple(int(size) for size in rng.integers(1, 6, 4))
     x = rng.normal(1, 2, shape).transpose(rng.permutation(4))
     y, saved = bn.batch_norm_forward(x)
-    assert (bn.batch_norm(x, out=x.copy(order="K")) == y).all(), (x.shape, x.strides)
+    two_kernels = bn.batch_norm_forward(x, out=x.copy(order="K"))[0]
+    assert (two_kernels == y).all(), (x.shape, x.strides)
     for result in (y, saved.moments.m2, *bn.batch_norm_backward(x, saved)[:1]):
         digest.update(np.ascontiguousarray(result).tobytes())
 print(digest.hexdigest())

@@ -3,15 +3,18 @@
 `Threads` is a group inside one process, for breadth; the same promises are then held against MPI and gloo.
 """
 
+import ctypes
 import os
 import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -549,3 +552,66 @@ def test_the_training_loop_of_the_documentation(tmp_path: Path) -> None:
     assert len(losses[0]) == 3
     assert losses[0][2] < losses[0][0] / 50
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
+
+
+class _Cupy:
+    """A double of what is asked of CuPy: arrays are NumPy's, device pointers their addresses."""
+
+    class _Array(np.ndarray):
+        @property
+        def data(self) -> Any:  # type: ignore[override]  # as CuPy has it
+            return SimpleNamespace(ptr=self.ctypes.data)
+
+    def __init__(self) -> None:
+        self.devices: list[int] = []
+        self.cuda = SimpleNamespace(
+            Device=self._device,
+            get_current_stream=lambda: SimpleNamespace(ptr=7),
+            nccl=SimpleNamespace(NCCL_FLOAT64=8),
+        )
+
+    @contextmanager
+    def _device(self, number: int) -> Iterator[None]:
+        self.devices.append(number)
+        yield
+
+    def asarray(self, array: np.ndarray) -> np.ndarray:
+        return array.copy().view(self._Array)
+
+    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
+        return np.full(shape, np.nan).view(self._Array)
+
+    def asnumpy(self, array: np.ndarray) -> np.ndarray:
+        return np.array(array.view(np.ndarray))
+
+
+@dataclass
+class NcclCommunicator:
+    """A double of CuPy's, between threads."""
+
+    member: Threads
+
+    def rank_id(self) -> int:
+        return self.member.rank
+
+    def size(self) -> int:
+        return self.member.size
+
+    def device_id(self) -> int:
+        return 3
+
+    def allGather(self, send: int, receive: int, count: int, kind: int, stream: int) -> None:  # noqa: N802  # its name
+        assert (kind, stream) == (8, 7)
+        item = ctypes.c_double * count
+        rows = self.member.allgather(np.array(item.from_address(send)))
+        ctypes.memmove(receive, rows.ctypes.data, rows.nbytes)
+
+
+def test_nccl_of_cupy_by_a_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy = _Cupy()
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    x = np.random.default_rng(0).normal(3, 2, (9, 4))
+    parts = x[:2], x[2:]
+    found = together(2, lambda member: bn.batch_norm(parts[member.rank], group=NcclCommunicator(member)))
+    np.testing.assert_allclose(np.concatenate(found), bn.batch_norm(x), rtol=1e-12, atol=1e-12)
+    assert set(cupy.devices) == {3}

@@ -39,9 +39,12 @@ def explains_momentum(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return wrapper
 
 
+_NUMBERS = int, float  # a union would be made at every call
+
+
 def is_number(count: Count) -> bool:
     """Whether a count is one for all features, and no array."""
-    return isinstance(count, int | float)
+    return isinstance(count, _NUMBERS)
 
 
 class Moments:

@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,7 +84,10 @@ def _memory(field: str) -> int:
 
 
 def _prepare() -> int:
-    """Compile the kernels (or load them) and forget what memory that took; return what is left."""
+    """Import what the work needs, compile the kernels (or load them) and forget what memory that took; return what is
+    left."""
+    for module in ("dask.array", "zarr"):
+        import_module(module)
     x = np.ones((2**12, FEATURES), np.float32)
     bn.batch_norm(x, stats=bn.moments(x), training=False)
     with open("/proc/self/clear_refs", "w") as peak:

@@ -291,7 +291,7 @@ _NOTHING = (None,)
 
 def signature(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Any, ...] | None:
     """As a verb has it, of tensors that torch need not follow."""
-    if is_recorded(x) or is_transformed() or not 0 < x.numel() < WORTH_SHARING:
+    if not _has_memory(x) or not 0 < x.numel() < WORTH_SHARING:
         return None
     of_x = _of_memory(x)
     of_weight = _NOTHING if weight is None else _of_memory(weight)
@@ -300,7 +300,7 @@ def signature(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[An
 
 
 def signature_of_gradient(dy: Tensor, x: Tensor) -> tuple[Any, ...] | None:
-    if type(dy) not in _PLAIN or dy.dtype not in _FLOATS or dy.shape != x.shape or is_recorded(dy) or is_transformed():
+    if type(dy) not in _PLAIN or not _has_memory(dy) or dy.dtype not in _FLOATS or dy.shape != x.shape:
         return None
     return _of_memory(dy)
 

@@ -475,7 +475,7 @@ _MPIEXEC = Path(sys.executable).with_name("mpiexec")
 
 def _run_all(commands: list[list[str]]) -> list[tuple[int, str]]:
     """Run commands at once; return how each ended and what it said."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
     processes = [
         subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -527,7 +527,7 @@ def test_mpi_ends_when_a_member_does() -> None:
 @pytest.mark.parametrize("what", ["all", "torch"])
 def test_gloo(what: str, tmp_path: Path) -> None:
     for rank, (code, said) in enumerate(_gloo(2, what, tmp_path)):
-        assert code == 0, said
+        assert code == 0, (code, said)
         assert f"{what} {rank}" in said
 
 

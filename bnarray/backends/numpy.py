@@ -43,7 +43,7 @@ _HAS_HEADERS = c_void_p.from_address(id(NONE) + memory.HEADER).value == NONE.cty
 
 
 def _address(x: ndarray) -> int:
-    """The address of the first element: an eighth of what asking NumPy costs, which makes an object for it."""
+    """The address of the first element, without the object that NumPy makes when it is asked."""
     return (c_void_p.from_address(id(x) + memory.HEADER).value or 0) if _HAS_HEADERS else x.ctypes.data
 
 

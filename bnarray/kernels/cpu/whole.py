@@ -1,4 +1,4 @@
-"""A whole call on a small array, entered once: to enter compiled code takes as long as two thousand elements do.
+"""A whole call on a small array, entered once: each entry into compiled code costs as much as its loops do there.
 
 What is the same in all calls with arguments of the same kinds is on a `sheet`, so that few arguments are left to
 convert. Vectors are converted to float64 and back here, and the work is done by the kernels that every other call goes

@@ -107,7 +107,8 @@ def test_any_partition_merges_to_the_whole(data: st.DataObject) -> None:
     merged, whole = bn.Moments.merge_all(parts), bn.moments(x, axis=kept, where=full)
     scale = np.abs(x.astype(np.float64)).max()
     np.testing.assert_allclose(np.broadcast_to(merged.count, whole.mean.shape), whole.count, rtol=1e-12)
-    np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-12, atol=1e-13 * scale)
+    near = 1e-7 if x.dtype.itemsize == 2 else 1e-13  # halves are summed in float32, tile by tile
+    np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-12, atol=near * scale)
     np.testing.assert_allclose(merged.m2, whole.m2, rtol=1e-5, atol=1e-10 * scale**2)
 
 

@@ -4,6 +4,7 @@ import platform
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 import bnarray as bn
@@ -161,11 +162,69 @@ def test_nothing_counts_at_all() -> None:
     assert stats.num_updates == 0
 
 
-def test_half_precision_keeps_float32_statistics() -> None:
-    x = np.random.default_rng(0).normal(100, 30, (20_000, 8)).astype(np.float16)
-    m = bn.moments(x)
-    np.testing.assert_allclose(m.mean, x.astype(np.float64).mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(m.var(), x.astype(np.float64).var(axis=0), rtol=1e-6)
+def _halves() -> dict[str, npt.NDArray[np.float64]]:
+    """Columns of 20 000 numbers that sums in float32 could get wrong."""
+    normal = np.random.default_rng(0).normal(size=20_000)
+    outlier, step, late = normal.copy(), normal * 0.1 + 10, normal.copy()
+    outlier[0] = 3e4
+    step[: len(step) // 4] = 0
+    late[-1] = 3e4
+    return {
+        "normal": normal,
+        "far": 100 + 30 * normal,
+        "very far": 1000 + normal,
+        "an outlier that comes first": outlier,
+        "an outlier that comes last": late,
+        "first nothing, then far": step,
+        "two values": np.where(normal > 0, 1.0, 1.0078125),
+        "nearly always one value": np.where(normal > 3, 2.0, 1.0),
+        "one value": np.full(normal.shape, 0.3),
+        "nothing": np.zeros(normal.shape),
+        "both zeros": np.where(normal > 0, 0.0, -0.0),
+    }
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_has_statistics_of_float32(dtype: str, axis: int) -> None:
+    """Halves are summed in float32 within a tile, from a center of its own: neither cancels nor drifts."""
+    columns = _halves()
+    if dtype == "bfloat16":  # whose range is float32's: squares are beyond it
+        columns |= {"tiny": 1e-25 * columns["normal"], "large": 1e25 * columns["normal"]}
+        columns |= {"tiny and of two values": np.copysign(1e-25, columns["normal"])}
+    x = np.stack(list(columns.values()), axis).astype(DTYPES[dtype])
+    m = bn.moments(x, axis=axis)
+    exact = x.astype(np.longdouble)
+    mean = exact.mean(axis=1 - axis, keepdims=True)
+    var = ((exact - mean) ** 2).mean(axis=1 - axis)
+    mean = mean.reshape(-1)
+    for i, name in enumerate(columns):
+        assert abs(m.mean[i] - mean[i]) <= 1e-8 * np.sqrt(var[i]) + 1e-15 * abs(mean[i]), name
+        assert abs(m.var()[i] - var[i]) <= 1e-6 * var[i], name
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_halves_beyond_float32_do_not_change_their_neighbours(axis: int) -> None:
+    rng = np.random.default_rng(0)
+    x, dy = (rng.normal(size=(3000, 4)).astype(DTYPES["bfloat16"]) for _ in range(2))
+    far, far_dy = x.copy(), dy.copy()
+    far[:, 1], far_dy[:, 2], far[7, 3] = (
+        x[:, 1] * DTYPES["bfloat16"].type(1e-30),
+        dy[:, 2] * DTYPES["bfloat16"].type(1e30),
+        np.nan,
+    )
+    if axis == 0:
+        x, dy, far, far_dy = (np.ascontiguousarray(each.T) for each in (x, dy, far, far_dy))
+    results = []
+    for each, gradient in ((x, dy), (far, far_dy)):
+        y, saved = bn.batch_norm_forward(each, np.ones(4), np.zeros(4), axis=axis)
+        results.append((y, *bn.batch_norm_backward(gradient, saved)[:3], saved.moments.m2))
+    first = np.s_[:1] if axis == 0 else np.s_[:, :1]
+    for ordinary, beyond in zip(*results, strict=True):
+        part = first if ordinary.ndim == 2 else np.s_[:1]
+        np.testing.assert_array_equal(ordinary[part], beyond[part])
+    scaled = results[1][2][2]
+    np.testing.assert_allclose(scaled, float(DTYPES["bfloat16"].type(1e30)) * results[0][2][2], rtol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -64,7 +64,7 @@ LONG = 1024
 MANY = 16
 
 # In a kernel's scratch memory: lines of sums, and bytes lost between its arrays.
-_SUMS, _BETWEEN = 4, 2048
+_SUMS, _BETWEEN = 6, 2048
 
 #: Where there is no weight, bias or count of each feature.
 NONE = np.empty(0)
@@ -82,19 +82,24 @@ class Step(NamedTuple):
     grid: npt.NDArray[np.int64]
     axes: npt.NDArray[np.int64]
 
+    def attempt(self, owners: tuple[object, ...], *arguments: Any) -> bool:
+        """Call the kernel; return whether it did not refuse."""
+        return pool.run(self.kernel, self.pieces, self.room, self.grid, self.axes, *arguments, owners=owners)
+
     def run(self, owners: tuple[object, ...], *arguments: Any) -> None:
         """Call the kernel; where it refuses, the one for float64."""
-        if not pool.run(self.kernel, self.pieces, self.room, self.grid, self.axes, *arguments, owners=owners):
+        if not self.attempt(owners, *arguments):
             pool.run(self.wide(), self.pieces, self.room, self.grid, self.axes, *arguments, owners=owners)
 
 
-def _tile_type(kind: int) -> Any:
-    return np.float64 if kind == memory.FLOAT64 else np.float32
+def common_kind(x_kind: int, dy_kind: int) -> int:
+    """The kind of the elements of tiles for two arrays; where they differ, half precision comes as float32."""
+    return x_kind if x_kind in (dy_kind, memory.FLOAT64) else memory.FLOAT32
 
 
 def _item(kind: int) -> int:
     """Bytes of an element in a tile."""
-    return 8 if kind == memory.FLOAT64 else 4
+    return np.dtype(memory.ELEMENTS[kind]).itemsize
 
 
 def _step(
@@ -187,10 +192,10 @@ def _gate(transform: Transform) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _moments_step(kind: int, shape: tuple[int, ...], kept: tuple[int, ...], *strides: Strides) -> Step:
+def moments_step(kind: int, shape: tuple[int, ...], kept: tuple[int, ...], *strides: Strides) -> Step:
     weighted = len(strides) > 1
     return _step(
-        moments.kernel, (weighted,), _tile_type(kind), shape, kept, strides, tiles=2 if weighted else 1, vectors=0
+        moments.kernel, (weighted,), memory.ELEMENTS[kind], shape, kept, strides, tiles=2 if weighted else 1, vectors=0
     )
 
 
@@ -200,9 +205,9 @@ def find_moments(x: Memory, kept: tuple[int, ...], where: Memory | None) -> tupl
     if how := split(x.shape, kept, x.strides):
         x, kept, where, times = x.split(how), how.kept, where and where.split(how), how.size
     if where is None:
-        step, where_at, where_kind = _moments_step(x.kind, x.shape, kept, x.strides), NOWHERE, memory.BOOL
+        step, where_at, where_kind = moments_step(x.kind, x.shape, kept, x.strides), NOWHERE, memory.BOOL
     else:
-        step = _moments_step(x.kind, x.shape, kept, x.strides, where.strides)
+        step = moments_step(x.kind, x.shape, kept, x.strides, where.strides)
         where_at, where_kind = where.address, where.kind
     sums = np.zeros((4, step.groups, step.features))
     step.run((x.owner, where and where.owner), x.address, x.kind, where_at, where_kind, *sums)
@@ -226,10 +231,10 @@ def forward_step(
     """
     if split(shape, kept, x_strides):
         return None
-    alone = _moments_step(kind, shape, kept, x_strides)
+    alone = moments_step(kind, shape, kept, x_strides)
     is_columns = alone.grid[FAMILY] == COLUMNS
     joint = _step(
-        forward.kernel, (), _tile_type(kind), shape, kept, (x_strides, y_strides),
+        forward.kernel, (), memory.ELEMENTS[kind], shape, kept, (x_strides, y_strides),
         tiles=2, vectors=coefficients.VECTORS + 4 * alone.groups if is_columns else 1,
     )  # fmt: skip
     return _joint(alone, shape, joint, prod(shape) // joint.features * _item(kind) <= CACHED)
@@ -264,8 +269,7 @@ def find_and_write(
     mean, m2 = np.empty((2, step.features))
     count, parameters = prod(x.shape) // step.features, _parameters(weight, bias)
     arguments = x.address, y.address, x.kind, relu, float(count), NONE, mean, m2, eps, *parameters
-    owners = x.owner, y.owner
-    if not pool.run(step.kernel, step.pieces, step.room, step.grid, step.axes, *arguments, owners=owners):
+    if not step.attempt((x.owner, y.owner), *arguments):
         write_normalized(x, Transform(kept, count, mean, m2, eps, weight, bias, relu, None), None, y)
     return count, mean, m2
 
@@ -273,7 +277,14 @@ def find_and_write(
 @lru_cache(maxsize=4096)
 def normalize_step(kind: int, shape: tuple[int, ...], kept: tuple[int, ...], onto: bool, *strides: Strides) -> Step:
     return _step(
-        normalize.kernel, (onto,), _tile_type(kind), shape, kept, strides, tiles=3 if onto else 2, element_wise=True
+        normalize.kernel,
+        (onto,),
+        memory.ELEMENTS[kind],
+        shape,
+        kept,
+        strides,
+        tiles=3 if onto else 2,
+        element_wise=True,
     )
 
 
@@ -302,7 +313,7 @@ def grad_sums_step(
     guide: tuple[Strides, ...],
     *strides: Strides,
 ) -> Step:
-    return _step(grad_sums.kernel, (gate,), _tile_type(kind), shape, kept, strides, tiles=2 + gate, guide=guide)
+    return _step(grad_sums.kernel, (gate,), memory.ELEMENTS[kind], shape, kept, strides, tiles=2 + gate, guide=guide)
 
 
 def find_grad_sums(dy: Memory, x: Memory, transform: Transform, residual: Memory | None) -> tuple[Vector, Vector]:
@@ -313,7 +324,8 @@ def find_grad_sums(dy: Memory, x: Memory, transform: Transform, residual: Memory
         transform = _split(transform, how)
     added = residual or x
     gate, guide = _gate(transform), transform.guide or ()
-    step = grad_sums_step(x.kind, x.shape, transform.kept, gate, guide, x.strides, dy.strides, added.strides)
+    kind = common_kind(x.kind, dy.kind)
+    step = grad_sums_step(kind, x.shape, transform.kept, gate, guide, x.strides, dy.strides, added.strides)
     sums = np.zeros((2, step.groups, step.features))
     operands = x.address, dy.address, added.address, x.kind, dy.kind
     step.run((x.owner, dy.owner, added.owner), *operands, *_statistics(transform), *sums)
@@ -332,7 +344,7 @@ def backward_step(
         return None
     alone = grad_sums_step(kind, shape, kept, gate, (), x_strides, dy_strides, x_strides)
     joint = _step(
-        backward.kernel, (gate,), _tile_type(kind), shape, kept, strides, tiles=3 + gate,
+        backward.kernel, (gate,), memory.ELEMENTS[kind], shape, kept, strides, tiles=3 + gate,
         vectors=coefficients.VECTORS + 2 + 2 * alone.groups if alone.grid[FAMILY] == COLUMNS else 1,
     )  # fmt: skip
     return _joint(alone, shape, joint, 2 * prod(shape) // joint.features * _item(kind) <= CACHED_BACKWARD)
@@ -341,14 +353,13 @@ def backward_step(
 def find_and_write_gradient(dy: Memory, x: Memory, transform: Transform, dx: Memory) -> tuple[Vector, Vector] | None:
     """Write the gradient of x to dx; return Σ dz and Σ dz · x̂. None if one go is no faster, or float32 does not do."""
     gate = _gate(transform)
-    step = backward_step(x.kind, x.shape, transform.kept, gate, x.strides, dy.strides, dx.strides)
+    step = backward_step(common_kind(x.kind, dy.kind), x.shape, transform.kept, gate, x.strides, dy.strides, dx.strides)
     if step is None:
         return None
     sum_dz, sum_dz_x = np.empty((2, step.features))
     operands = x.address, dy.address, dx.address, x.kind, dy.kind
     arguments = *operands, *_statistics(transform), sum_dz, sum_dz_x
-    owners = x.owner, dy.owner, dx.owner
-    if not pool.run(step.kernel, step.pieces, step.room, step.grid, step.axes, *arguments, owners=owners):
+    if not step.attempt((x.owner, dy.owner, dx.owner), *arguments):
         return None
     return sum_dz, sum_dz_x
 
@@ -359,7 +370,7 @@ def grad_input_step(
 ) -> Step:
     weighted = statistics == grad_input.WEIGHTED
     return _step(
-        grad_input.kernel, (gate, statistics), np.float64 if weighted else _tile_type(kind), shape, kept, strides,
+        grad_input.kernel, (gate, statistics), np.float64 if weighted else memory.ELEMENTS[kind], shape, kept, strides,
         tiles=3 + gate + weighted, vectors=coefficients.VECTORS + 2, element_wise=True,
     )  # fmt: skip
 
@@ -386,7 +397,9 @@ def write_grad_input(
     statistics = grad_input.CONSTANT if sums is None else grad_input.BATCH if where is None else grad_input.WEIGHTED
     dy_to_dresidual = [each or x for each in (dy, dx, where, residual, dresidual)]
     strides = x.strides, *(each.strides for each in dy_to_dresidual)
-    step = grad_input_step(x.kind, x.shape, transform.kept, _gate(transform), statistics, *strides)
+    step = grad_input_step(
+        common_kind(x.kind, dy.kind), x.shape, transform.kept, _gate(transform), statistics, *strides
+    )
     owners = x.owner, *(each.owner for each in dy_to_dresidual)
     addresses = x.address, *(each.address for each in dy_to_dresidual)
     kinds = x.kind, dy.kind, x.kind if where is None else where.kind

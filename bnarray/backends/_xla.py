@@ -117,7 +117,8 @@ class _Plan:
     def _small_steps(self) -> list[Any] | None:
         """The steps of a plain call in training on an array that one thread is enough for; None of any other."""
         x = self.slots["x"]
-        at = x.kind, x.shape, self.kept
+        dy = self.slots.get("dy", x)
+        at = _strided.common_kind(x.kind, dy.kind), x.shape, self.kept
         if not {"dy", "x", "weight", "bias", "mean_bits", "m2_bits"}.issuperset(self.slots) or self.name == "moments":
             return None
         if self.name == "forward":
@@ -125,10 +126,10 @@ class _Plan:
         elif split(x.shape, self.kept, x.strides):
             return None
         else:
-            dy, passes = self.slots["dy"].strides, gate.RELU if self.relu else gate.OPEN
+            passes = gate.RELU if self.relu else gate.OPEN
             steps = [
-                _strided.grad_sums_step(*at, passes, (), x.strides, dy, x.strides),
-                _strided.grad_input_step(*at, passes, grad_input.BATCH, x.strides, dy, *[x.strides] * 4),
+                _strided.grad_sums_step(*at, passes, (), x.strides, dy.strides, x.strides),
+                _strided.grad_input_step(*at, passes, grad_input.BATCH, x.strides, dy.strides, *[x.strides] * 4),
             ]
         return steps if all(step is not None and step.pieces == 1 for step in steps) else None
 

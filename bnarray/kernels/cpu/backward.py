@@ -18,9 +18,7 @@ from numba import types
 from bnarray.kernels.cpu.coefficients import (
     STATISTICS,
     carve_coefficients,
-    count_of,
     fill,
-    invstd_of,
     of_features,
 )
 from bnarray.kernels.cpu.compiled import Kernel, counter, index, indices, machinery, named, results, scratch, table
@@ -28,7 +26,8 @@ from bnarray.kernels.cpu.gate import OPEN, gate_columns, gate_rows
 from bnarray.kernels.cpu.grad_input import batch_columns, batch_rows, fill_slopes
 from bnarray.kernels.cpu.grad_sums import add_columns, add_rows
 from bnarray.kernels.cpu.lanes import MOST
-from bnarray.kernels.cpu.memory import carve, carve_rows, load, room_in, store, target, tile_of
+from bnarray.kernels.cpu.memory import arithmetic, carve, carve_rows, load, room_in, store, target, tile_of
+from bnarray.kernels.cpu.moments import carve_sums
 from bnarray.kernels.cpu.pool import NEXT, REFUSED, take
 from bnarray.kernels.cpu.walk import (
     CHUNKS,
@@ -64,7 +63,7 @@ def _passing(gate, is_columns):
 
 
 def _rows(dtype, gate):
-    like, single, load_both = dtype(0), dtype is np.float32, _passing(gate, False)
+    like, real, single, load_both = dtype(0), arithmetic(dtype), dtype is not np.float64, _passing(gate, False)
 
     def backward(
         counter, scratch, grid, axes, x, dy, dx, kind, dy_kind,
@@ -75,11 +74,11 @@ def _rows(dtype, gate):
         gradients, room = carve(room, grid[TILE], like)
         gated, room = carve(room, 0 if gate == OPEN else grid[TILE], like)
         written, room = carve(room, grid[TILE], like)
-        sums, room = carve_rows(room, 3, MOST, 0.0)
+        sums, room = carve_sums(room, MOST, like)
         part, room = carve_rows(room, 2, 1, 0.0)
-        common, room = carve(room, 1, like)
-        slope, room = carve(room, 1, like)
-        of, room = carve_coefficients(room, 1, like)
+        common, room = carve(room, 1, real)
+        slope, room = carve(room, 1, real)
+        of, room = carve_coefficients(room, 1, real)
         c = take(counter)
         while c < grid[SPANS]:
             own = slice(c, c + 1)
@@ -96,8 +95,9 @@ def _rows(dtype, gate):
                     add_rows(dz_tile, x_tile, rows, columns, like, mean[own], part[0], part[1], sums)
                 sum_dz[c] += part[0, 0]
                 sum_dz_x[c] += part[1, 0]
-            sum_dz_x[c] *= invstd_of(count_of(c, count, counts), m2[c], eps)
-            fit &= fill_slopes(common, slope, count, own_counts, m2[own], eps, sum_dz[own], sum_dz_x[own])
+            sum_dz_x[c] *= of[3][0]
+            of_sums = sum_dz[own], sum_dz_x[own]
+            fit &= fill_slopes(common, slope, of, count, own_counts, mean[own], *of_sums)
             if single and not fit:
                 counter[REFUSED] = 1
             for chunk in range(grid[CHUNKS]):
@@ -115,7 +115,7 @@ def _rows(dtype, gate):
 
 
 def _columns(dtype, gate):
-    like, single, load_both = dtype(0), dtype is np.float32, _passing(gate, True)
+    like, real, single, load_both = dtype(0), arithmetic(dtype), dtype is not np.float64, _passing(gate, True)
 
     def backward(
         counter, scratch, grid, axes, x, dy, dx, kind, dy_kind,
@@ -126,13 +126,13 @@ def _columns(dtype, gate):
         gradients, room = carve(room, grid[TILE], like)
         gated, room = carve(room, 0 if gate == OPEN else grid[TILE], like)
         written, room = carve(room, grid[TILE], like)
-        sums, room = carve_rows(room, 3, max(grid[WIDTH], MOST), 0.0)
+        sums, room = carve_sums(room, max(grid[WIDTH], MOST), like)
         groups = (grid[CHUNKS] + grid[CHUNKS_PER_GROUP] - 1) // grid[CHUNKS_PER_GROUP]
         plain, room = carve_rows(room, groups, mean.size, 0.0)
         product, room = carve_rows(room, groups, mean.size, 0.0)
-        common, room = carve(room, mean.size, like)
-        slope, room = carve(room, mean.size, like)
-        of_all, room = carve_coefficients(room, mean.size, like)
+        common, room = carve(room, mean.size, real)
+        slope, room = carve(room, mean.size, real)
+        of_all, room = carve_coefficients(room, mean.size, real)
         fit = fill(of_all, count, counts, mean, m2, eps, weight, bias)
         plain[:], product[:] = 0, 0
         for group, rows, columns, first, last in tiles(counter, grid, axes, place):
@@ -147,8 +147,8 @@ def _columns(dtype, gate):
             for group in range(groups):
                 sum_dz[c] += plain[group, c]
                 sum_dz_x[c] += product[group, c]
-            sum_dz_x[c] *= invstd_of(count_of(c, count, counts), m2[c], eps)
-        fit &= fill_slopes(common, slope, count, counts, m2, eps, sum_dz, sum_dz_x)
+            sum_dz_x[c] *= of_all[3][c]
+        fit &= fill_slopes(common, slope, of_all, count, counts, mean, sum_dz, sum_dz_x)
         if single and not fit:
             counter[REFUSED] = 1
             return

@@ -22,9 +22,9 @@ _SETTINGS = ("OPT", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "LOOP_VECTORIZE", "SLP_V
 # Kernels own no memory (`memory.carve`), so that nothing counts references: counting, which is atomic, took more than
 # half of the time on short rows.
 _options = {"error_model": "numpy", "nogil": True, "_nrt": False}
-_parts = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-mapping = njit(fastmath={"contract"}, **_parts, **_options)
-machinery = njit(**_parts, **_options)
+PART = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, **_options}
+mapping = njit(fastmath={"contract"}, **PART)
+machinery = njit(**PART)
 
 # The types that kernels' arguments are made of. Inputs are read-only types, which writable arrays convert to.
 index = types.int64

@@ -29,8 +29,8 @@ from bnarray.kernels.cpu.compiled import (
     vector,
 )
 from bnarray.kernels.cpu.lanes import MOST
-from bnarray.kernels.cpu.memory import carve, carve_rows, load, room_in, store, target
-from bnarray.kernels.cpu.moments import fold_columns, fold_rows, merge_all, merge_into
+from bnarray.kernels.cpu.memory import arithmetic, carve, carve_rows, load, room_in, store, target
+from bnarray.kernels.cpu.moments import carve_sums, fold_columns, fold_rows, merge_all, merge_into
 from bnarray.kernels.cpu.normalize import normalize_columns, normalize_rows
 from bnarray.kernels.cpu.pool import NEXT, REFUSED, take
 from bnarray.kernels.cpu.walk import (
@@ -51,7 +51,7 @@ from bnarray.kernels.cpu.walk import (
 
 
 def _rows(dtype):
-    like, single = dtype(0), dtype is np.float32
+    like, real, single = dtype(0), arithmetic(dtype), dtype is not np.float64
 
     def forward(counter, scratch, grid, axes, x, y, kind, relu, count, counts, mean, m2, eps, weight, bias):
         place, room = carve_place(room_in(scratch), axes)
@@ -59,8 +59,8 @@ def _rows(dtype):
         normalized, room = carve(room, grid[TILE], like)
         part, room = carve_rows(room, 4, 1, 0.0)
         whole, room = carve_rows(room, 4, 1, 0.0)
-        sums, room = carve_rows(room, 3, MOST, 0.0)
-        of, room = carve_coefficients(room, 1, like)
+        sums, room = carve_sums(room, MOST, like)
+        of, room = carve_coefficients(room, 1, real)
         c = take(counter)
         while c < grid[SPANS]:
             whole[:] = 0
@@ -88,14 +88,14 @@ def _rows(dtype):
 
 
 def _columns(dtype):
-    like, single = dtype(0), dtype is np.float32
+    like, real, single = dtype(0), arithmetic(dtype), dtype is not np.float64
 
     def forward(counter, scratch, grid, axes, x, y, kind, relu, count, counts, mean, m2, eps, weight, bias):
         place, room = carve_place(room_in(scratch), axes)
         values, room = carve(room, grid[TILE], like)
         normalized, room = carve(room, grid[TILE], like)
-        sums, room = carve_rows(room, 3, grid[WIDTH], 0.0)
-        of_all, room = carve_coefficients(room, mean.size, like)
+        sums, room = carve_sums(room, grid[WIDTH], like)
+        of_all, room = carve_coefficients(room, mean.size, real)
         groups = (grid[CHUNKS] + grid[CHUNKS_PER_GROUP] - 1) // grid[CHUNKS_PER_GROUP]
         numbers, room = carve_rows(room, groups, mean.size, 0.0)
         shift, room = carve_rows(room, groups, mean.size, 0.0)

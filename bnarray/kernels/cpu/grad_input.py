@@ -22,10 +22,10 @@ from bnarray.kernels.cpu.coefficients import (
     carve_coefficients,
     count_of,
     fill,
-    invstd_of,
     is_middling,
     of_features,
     of_line,
+    quiet,
 )
 from bnarray.kernels.cpu.compiled import (
     Kernel,
@@ -47,7 +47,19 @@ from bnarray.kernels.cpu.gate import (
     gate_rows,
     gate_rows_onto,
 )
-from bnarray.kernels.cpu.memory import NOWHERE, carve, line, load, room_in, store, target, tile_of
+from bnarray.kernels.cpu.memory import (
+    NOWHERE,
+    arithmetic,
+    carve,
+    line,
+    load,
+    narrow,
+    room_in,
+    store,
+    target,
+    tile_of,
+    widen,
+)
 from bnarray.kernels.cpu.pool import REFUSED
 from bnarray.kernels.cpu.walk import TILE, address_of, carve_place, steps_of, tiles
 
@@ -65,28 +77,27 @@ def _sums_of_line(common, slope, row):
 @mapping
 def _constant_rows(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
     for row in range(rows):
-        scale = of_line(of, row)[3]
+        scale = of_line(of, row)[1]
         dz, dx = line(dz_tile[0], dz_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
         for i in range(dz.size):
-            dx[i] = scale * dz[i]
+            dx[i] = narrow(scale * widen(dz[i]), like)
 
 
 @mapping
 def batch_rows(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
     for row in range(rows):
-        center, low, rest, scale, _ = of_line(of, row)
+        center, scale, _ = of_line(of, row)
         mean_dz, steep = _sums_of_line(common, slope, row)
         dz, dx = line(dz_tile[0], dz_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
         x = line(x_tile[0], x_tile[1], row, columns, like)
         for i in range(dz.size):
-            deviation = ((x[i] - center) - low) - rest
-            dx[i] = scale * ((dz[i] - mean_dz) - deviation * steep)
+            dx[i] = narrow(scale * ((widen(dz[i]) - mean_dz) - (widen(x[i]) - center) * steep), like)
 
 
 @mapping
 def _weighted_rows(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
     for row in range(rows):
-        center, _, _, scale, _ = of_line(of, row)
+        center, scale, _ = of_line(of, row)
         mean_dz, steep = _sums_of_line(common, slope, row)
         dz, dx = line(dz_tile[0], dz_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
         x, w = line(x_tile[0], x_tile[1], row, columns, like), line(w_tile[0], w_tile[1], row, columns, 0.0)
@@ -97,27 +108,26 @@ def _weighted_rows(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, co
 
 @mapping
 def _constant_columns(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
-    scale = of[3]
+    scale = of[1]
     for row in range(rows):
         dz, dx = line(dz_tile[0], dz_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
         for j in range(dz.size):
-            dx[j] = scale[j] * dz[j]
+            dx[j] = narrow(scale[j] * widen(dz[j]), like)
 
 
 @mapping
 def batch_columns(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
-    center, low, rest, scale, _ = of
+    center, scale, _ = of
     for row in range(rows):
         dz, dx = line(dz_tile[0], dz_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
         x = line(x_tile[0], x_tile[1], row, columns, like)
         for j in range(dz.size):
-            deviation = ((x[j] - center[j]) - low[j]) - rest[j]
-            dx[j] = scale[j] * ((dz[j] - common[j]) - deviation * slope[j])
+            dx[j] = narrow(scale[j] * ((widen(dz[j]) - common[j]) - (widen(x[j]) - center[j]) * slope[j]), like)
 
 
 @mapping
 def _weighted_columns(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
-    center, scale = of[0], of[3]
+    center, scale, _ = of
     for row in range(rows):
         dz, dx = line(dz_tile[0], dz_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
         x, w = line(x_tile[0], x_tile[1], row, columns, like), line(w_tile[0], w_tile[1], row, columns, 0.0)
@@ -127,14 +137,18 @@ def _weighted_columns(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of,
 
 
 @machinery
-def fill_slopes(commons, slopes, count, counts, m2, eps, sum_dz, sum_dz_x):
-    """common = Σ dz / n,  slope = Σ dz · x̂ / n · invstd; nothing over nothing is 0. Return whether they fit float32."""
+def fill_slopes(commons, slopes, vectors, count, counts, mean, sum_dz, sum_dz_x):
+    """Write every feature's (common, slope), where common has what the center leaves of the mean (as the shift does in
+    `coefficients`); nothing over nothing is 0. Return whether they fit float32."""
+    center, invstd = vectors[0], vectors[3]
     fit = True
-    for c in range(m2.size):
+    for c in range(mean.size):
         n = count_of(c, count, counts)
         common = sum_dz[c] / n if n != 0 else 0.0
-        slope = sum_dz_x[c] / n * invstd_of(n, m2[c], eps) if n != 0 else 0.0
-        commons[c], slopes[c] = common, slope
+        slope = sum_dz_x[c] / n * invstd[c] if n != 0 else 0.0
+        if mean[c] != center[c]:
+            common -= (mean[c] - center[c]) * slope
+        commons[c], slopes[c] = quiet(common), quiet(slope)
         fit &= is_middling(common) and is_middling(slope)
     return fit
 
@@ -156,7 +170,7 @@ def kernel(dtype, is_columns, gate, statistics):
     pass_gate = gate_columns if is_columns else gate_rows
     pass_gate_onto = gate_columns_onto if is_columns else gate_rows_onto
 
-    like, single = dtype(0), dtype is np.float32
+    like, real, single = dtype(0), arithmetic(dtype), dtype is not np.float64
 
     # Operands 1 to 6 of the axes are x, dy, dx, where, the residual and its gradient.
     def grad_input(
@@ -170,12 +184,12 @@ def kernel(dtype, is_columns, gate, statistics):
         gated, room = carve(room, 0 if gate == OPEN else grid[TILE], like)
         added, room = carve(room, grid[TILE] if gate == RELU_ONTO else 0, like)
         weights, room = carve(room, grid[TILE] if statistics == WEIGHTED else 0, 0.0)
-        commons, room = carve(room, mean.size, like)
-        slopes, room = carve(room, mean.size, like)
-        of_all, room = carve_coefficients(room, mean.size, like)
+        commons, room = carve(room, mean.size, real)
+        slopes, room = carve(room, mean.size, real)
+        of_all, room = carve_coefficients(room, mean.size, real)
         fit = fill(of_all, count, counts, mean, m2, eps, weight, bias)
         if statistics != CONSTANT:
-            fit &= fill_slopes(commons, slopes, count, counts, m2, eps, sum_dz, sum_dz_x)
+            fit &= fill_slopes(commons, slopes, of_all, count, counts, mean, sum_dz, sum_dz_x)
         if single and not fit:
             counter[REFUSED] = 1
             return

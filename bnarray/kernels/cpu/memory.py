@@ -1,8 +1,11 @@
 """Between the caller's memory and tiles.
 
-A tile is some lines of contiguous float32 or float64, small enough for the nearest cache. Where the caller's memory
-already is that, the tile is that memory; everything else (strides, half precision, unaligned addresses) is copied into
+A tile is some lines of contiguous elements of one type, small enough for the nearest cache. Where the caller's memory
+already is that, the tile is that memory; everything else (strides, another type, unaligned addresses) is copied into
 a buffer of one tile, a copy whose cost disappears behind the memory bus.
+
+Half precision comes in tiles of its bits, which loops `widen` and `narrow` as they go: a copy of float32 in between
+took as long as the loops.
 """
 
 import numpy as np
@@ -10,12 +13,21 @@ from llvmlite import ir
 from llvmlite.binding import get_process_triple
 from numba import types
 from numba.core.registry import cpu_target
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 from numba.np.arrayobj import populate_array
 
-from bnarray.kernels.cpu.compiled import machinery, mapping, named
+from bnarray.kernels.cpu.compiled import PART, machinery, mapping, named
 
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64, BOOL = range(5)
+
+#: What the elements of a tile are. Two types of integers tell the two kinds of halves apart.
+ELEMENTS = {FLOAT16: np.int16, BFLOAT16: np.uint16, FLOAT32: np.float32, FLOAT64: np.float64}
+
+
+def arithmetic(element):
+    """A 0 of the type in which loops over such elements compute."""
+    return np.float64(0) if element is np.float64 else np.float32(0)
+
 
 NOWHERE = 0  # the address of an operand that a kernel does not read, and of a tile that is not in memory yet
 
@@ -151,11 +163,17 @@ def _of_bfloat(half):
 
 
 @machinery
-def _to_bfloat(value):
+def _round_to_bfloat(value):
+    """As `_to_bfloat`, of what is no NaN or one whose lower half is 0: as is every NaN that a processor makes, or that
+    it finds in a bfloat16."""
     bits = _bits_of_single(np.float32(value))
     odd = (bits >> np.uint32(16)) & np.uint32(1)
-    rounded = np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
-    return np.uint16(rounded if value == value else np.uint32(0x7FC0))  # what is not itself is NaN
+    return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+
+
+@machinery
+def _to_bfloat(value):
+    return _round_to_bfloat(value) if value == value else np.uint16(0x7FC0)  # what is not itself is NaN
 
 
 _SCALE_OF_HALF = np.float32(2.0**112)  # moves a float16's exponent, read as a float32's, to its place
@@ -212,6 +230,52 @@ _of_half = _of_half_by_processor if _CONVERTS_HALVES else _of_half_by_integers
 _to_half = _to_half_by_processor if _CONVERTS_HALVES else _to_half_by_integers
 
 
+HALVES = (types.int16, types.uint16)
+
+
+def _widen_half(bits):
+    return _of_half(bits)
+
+
+def _widen_bfloat(bits):
+    return _of_bfloat(bits)
+
+
+def _narrow_half(value):
+    return _to_half(value)
+
+
+def _narrow_bfloat(value):
+    return _round_to_bfloat(value)
+
+
+@intrinsic
+def widen(typingctx, element):
+    """The number that an element of a tile is: of halves a float32."""
+    convert = _widen_half if element == types.int16 else _widen_bfloat
+    number = types.float32 if element in HALVES else element
+
+    def codegen(context, builder, signature, args):
+        if element not in HALVES:
+            return args[0]
+        return context.compile_internal(builder, convert, number(types.uint16), args)
+
+    return number(element), codegen
+
+
+@intrinsic
+def narrow(typingctx, value, like):
+    """A number as an element of a tile of like's type; of NaN the lower half should be 0."""
+    convert = _narrow_half if like == types.int16 else _narrow_bfloat
+
+    def codegen(context, builder, signature, args):
+        if like not in HALVES:
+            return args[0]
+        return context.compile_internal(builder, convert, types.uint16(value), args[:1])
+
+    return (like if like in HALVES else value)(value, like), codegen
+
+
 def _reader(name, like, convert):
     """Make the function that reads `line.size` elements of like's type, `step` bytes apart, into a line of a tile."""
     item = like.itemsize
@@ -250,11 +314,11 @@ _read_bfloat, _write_bfloat = _reader("bfloat", np.uint16(0), _of_bfloat), _writ
 _read_single, _write_single = _reader("single", np.float32(0), _same), _writer("single", np.float32(0), _same)
 _read_double, _write_double = _reader("double", np.float64(0), _same), _writer("double", np.float64(0), _same)
 _read_bool = _reader("bool", np.uint8(0), _of_bool)
+_read_bits, _write_bits = _reader("bits", np.uint16(0), _same), _writer("bits", np.uint16(0), _same)
 
 
 @machinery
-def read(address, step, kind, line):
-    """Fill a line with elements of a kind, `step` bytes apart."""
+def _read_numbers(address, step, kind, line):
     if kind == FLOAT32:
         _read_single(address, step, line)
     elif kind == FLOAT64:
@@ -268,8 +332,7 @@ def read(address, step, kind, line):
 
 
 @machinery
-def write(line, address, step, kind):
-    """Write a line to elements of a kind, `step` bytes apart."""
+def _write_numbers(line, address, step, kind):
     if kind == FLOAT32:
         _write_single(line, address, step)
     elif kind == FLOAT64:
@@ -280,13 +343,47 @@ def write(line, address, step, kind):
         _write_bfloat(line, address, step)
 
 
+def read(address, step, kind, line):
+    """Fill a line with elements of a kind, `step` bytes apart; a line of halves with such halves."""
+
+
+@overload(read, jit_options=PART)
+def _read(address, step, kind, line):
+    if line.dtype in HALVES:
+        return lambda address, step, kind, line: _read_bits(address, step, line)
+    return lambda address, step, kind, line: _read_numbers(address, step, kind, line)
+
+
+def write(line, address, step, kind):
+    """Write a line to elements of a kind, `step` bytes apart; a line of halves to such halves."""
+
+
+@overload(write, jit_options=PART)
+def _write(line, address, step, kind):
+    if line.dtype in HALVES:
+        return lambda line, address, step, kind: _write_bits(line, address, step)
+    return lambda line, address, step, kind: _write_numbers(line, address, step, kind)
+
+
+@intrinsic
+def _native_kind(typingctx, buffer):
+    """The kind of the elements of a buffer."""
+    kind = {types.int16: FLOAT16, types.uint16: BFLOAT16, types.float32: FLOAT32, types.float64: FLOAT64}[buffer.dtype]
+
+    def codegen(context, builder, signature, args):
+        return context.get_constant(types.int64, kind)
+
+    return types.int64(buffer), codegen
+
+
 @machinery
 def _is_tile(address, steps, columns, kind, buffer):
     """Whether the memory already is a tile: lines of the buffer's type, aligned, each contiguous."""
     item = buffer.itemsize
     down, across = steps
-    native = FLOAT32 if item == 4 else FLOAT64
-    return kind == native and address % item == 0 and down % item == 0 and (columns == 1 or across == item)
+    return (
+        kind == _native_kind(buffer) and address % item == 0 and down % item == 0 and (columns == 1 or across == item)
+    )
 
 
 @machinery

@@ -11,12 +11,16 @@ log₂ n ≤ 14 of the 53 bits of m2 cancel: where it is the one outlier; else a
 weights, the center is the mean, found first (Chan, Golub and LeVeque, "Algorithms for computing the sample variance",
 1983: the corrected two-pass algorithm), which takes 1.5 times as long.
 
+Tiles of half precision are summed in float32, with two of its 24 bits to spare: from the nearest half to the mean of a
+quarter of the tile's values, which costs m2 two bits at the most (Σ over a part ≤ √(part · m2)). Where a sum of squares
+may have left float32's range, the feature is summed once more in float64.
+
 Tiles are merged in float64, and instead of their means the distances of those from the first tile's center, the
 `shift`: where the mean is 10⁶ deviations, its own rounding, merge after merge, would show in the outputs next to 0. It
 is rounded once, at the end.
 
-Sums in float32 are 1.2 to 1.4 times faster (`benchmarks/arithmetic.py`) but not exact enough: where many values are
-equal they add the same rounding again and again.
+For float32 data sums in float32 are 1.2 to 1.4 times faster (`benchmarks/arithmetic.py`) but not exact enough: where
+many values are equal they add the same rounding again and again.
 
 Traffic: reads x once (and `where`), writes nothing of x's size.
 Measured (`benchmarks/kernels.py`, 25 MB of float32, two threads of an Intel Xeon), GB/s of it: channels first 30.5,
@@ -27,8 +31,10 @@ from functools import cache
 
 import numpy as np
 from numba import types
+from numba.extending import overload
 
 from bnarray.kernels.cpu.compiled import (
+    PART,
     Kernel,
     counter,
     index,
@@ -41,7 +47,7 @@ from bnarray.kernels.cpu.compiled import (
     table,
 )
 from bnarray.kernels.cpu.lanes import MOST, clear, panel, panels, total, width_of
-from bnarray.kernels.cpu.memory import carve, carve_rows, item_of, line, load, room_in
+from bnarray.kernels.cpu.memory import HALVES, carve, carve_rows, item_of, line, load, narrow, room_in, widen
 from bnarray.kernels.cpu.walk import TILE, WIDTH, address_of, carve_place, steps_of, tiles
 from bnarray.kernels.merge import merge
 
@@ -49,22 +55,56 @@ from bnarray.kernels.merge import merge
 merge_scalars = machinery(merge)
 
 
-# Sums down the columns of a tile, four lines at a time, so that they are read and written a quarter as often.
+# Between these a sum of squares in float32 has lost nothing below or above.
+_SMALL, _LARGE = 2.0**-80, 2.0**100
+
+
+@machinery
+def is_beyond(square):
+    """Whether a sum of squares may not be what it would be in float64; as is 0, the sum of nothing or of too little."""
+    return not _SMALL <= square <= _LARGE
+
+
+@machinery
+def carve_sums(room, width, like):
+    """Rows for sums of a tile, in float32 (for halves only) and in float64, and the room that is left."""
+    quick, room = carve_rows(room, 3, width if item_of(like) == 2 else 0, np.float32(0))
+    exact, room = carve_rows(room, 4, width, 0.0)
+    return (quick, exact), room
+
+
+@machinery
+def part_for_center(rows, columns, like):
+    """The part of a tile (or of its columns) whose mean is the center: all of float64's, a quarter of halves."""
+    if item_of(like) == 8:
+        return rows, columns
+    return ((rows + 3) // 4, columns) if rows >= 4 else (rows, (columns + 3) // 4)
+
+
+@machinery
+def _rounded(center, like):
+    """A center near the mean. The nearest half, from which deviations of halves are mostly exact in float32, and so few
+    of them that their sum is, too."""
+    return widen(narrow(center, like)) if item_of(like) == 2 else center
+
+
+# Sums down the columns of a tile, four lines at a time, so that they are read and written a quarter as often. In the
+# precision of what they are added to.
 
 
 @mapping
 def _add(tile, rows, columns, like, center):
     """center += Σ x"""
-    sums = center[:columns]
+    sums, real = center[:columns], center.dtype.type
     for row in range(0, rows - 3, 4):
         a, b = line(tile[0], tile[1], row, columns, like), line(tile[0], tile[1], row + 1, columns, like)
         c, d = line(tile[0], tile[1], row + 2, columns, like), line(tile[0], tile[1], row + 3, columns, like)
         for j in range(sums.size):
-            sums[j] += (np.float64(a[j]) + np.float64(b[j])) + (np.float64(c[j]) + np.float64(d[j]))
+            sums[j] += (real(widen(a[j])) + real(widen(b[j]))) + (real(widen(c[j])) + real(widen(d[j])))
     for row in range(rows - rows % 4, rows):
         a = line(tile[0], tile[1], row, columns, like)
         for j in range(sums.size):
-            sums[j] += a[j]
+            sums[j] += widen(a[j])
 
 
 @mapping
@@ -75,13 +115,14 @@ def _add_deviations(tile, rows, columns, like, center, drift, m2):
         a, b = line(tile[0], tile[1], row, columns, like), line(tile[0], tile[1], row + 1, columns, like)
         c, d = line(tile[0], tile[1], row + 2, columns, like), line(tile[0], tile[1], row + 3, columns, like)
         for j in range(middle.size):
-            da, db, dc, dd = a[j] - middle[j], b[j] - middle[j], c[j] - middle[j], d[j] - middle[j]
+            da, db = widen(a[j]) - middle[j], widen(b[j]) - middle[j]
+            dc, dd = widen(c[j]) - middle[j], widen(d[j]) - middle[j]
             drifts[j] += (da + db) + (dc + dd)
             squares[j] += (da * da + db * db) + (dc * dc + dd * dd)
     for row in range(rows - rows % 4, rows):
         a = line(tile[0], tile[1], row, columns, like)
         for j in range(middle.size):
-            deviation = a[j] - middle[j]
+            deviation = widen(a[j]) - middle[j]
             drifts[j] += deviation
             squares[j] += deviation * deviation
 
@@ -94,7 +135,7 @@ def _add_weighted(tile, weights, rows, columns, like, count, center):
         x, w = line(tile[0], tile[1], row, columns, like), line(weights[0], weights[1], row, columns, 0.0)
         for j in range(sums.size):
             counts[j] += w[j]
-            sums[j] += w[j] * x[j] if w[j] != 0 else 0.0
+            sums[j] += w[j] * widen(x[j]) if w[j] != 0 else 0.0
 
 
 @mapping
@@ -104,7 +145,7 @@ def _add_weighted_deviations(tile, weights, rows, columns, like, center, drift, 
     for row in range(rows):
         x, w = line(tile[0], tile[1], row, columns, like), line(weights[0], weights[1], row, columns, 0.0)
         for j in range(middle.size):
-            deviation = x[j] - middle[j] if w[j] != 0 else 0.0
+            deviation = widen(x[j]) - middle[j] if w[j] != 0 else 0.0
             drifts[j] += w[j] * deviation
             squares[j] += w[j] * deviation * deviation
 
@@ -121,22 +162,45 @@ def _fold(c, n, center, drift, square, count, shift, offset, m2):
 
 
 @machinery
-def fold_rows(tile, rows, columns, like, count, shift, offset, m2, sums):
-    """Merge a tile of one feature into the feature's moments."""
+def _sum_rows(tile, rows, columns, like, sums, is_corrected):
+    """Return (center, Σ (x − center), Σ (x − center)²) of a tile of one feature."""
     center, drift, square = sums[0], sums[1], sums[2]
-    item, width, n = item_of(like), width_of(columns), np.float64(rows * columns)
-    middle = np.float64(line(tile[0], tile[1], 0, 1, like)[0])
-    if item == 8:
-        clear(center, width)
-        for row, begin, lines, length in panels(rows, columns):
-            _add(panel(tile, columns, row, begin, item), lines, length, like, center)
-        middle = total(center, width) / n
+    item, width = item_of(like), width_of(columns)
+    middle = sums.dtype.type(widen(line(tile[0], tile[1], 0, 1, like)[0]))
+    if is_corrected:
+        some_rows, some_columns = part_for_center(rows, columns, like)
+        own_width = width_of(some_columns)
+        clear(center, own_width)
+        for row, begin, lines, length in panels(some_rows, some_columns):
+            _add(panel(tile, some_columns, row, begin, item), lines, length, like, center)
+        middle = _rounded(sums.dtype.type(total(center, own_width) / (some_rows * some_columns)), like)
     center[:width] = middle
     clear(drift, width)
     clear(square, width)
     for row, begin, lines, length in panels(rows, columns):
         _add_deviations(panel(tile, columns, row, begin, item), lines, length, like, center, drift, square)
-    _fold(0, n, middle, total(drift, width), total(square, width), count, shift, offset, m2)
+    return np.float64(middle), total(drift, width), total(square, width)
+
+
+def _fold_rows(tile, rows, columns, like, count, shift, offset, m2, sums):
+    found = _sum_rows(tile, rows, columns, like, sums[1], item_of(like) == 8)
+    _fold(0, np.float64(rows * columns), *found, count, shift, offset, m2)
+
+
+def _fold_rows_of_halves(tile, rows, columns, like, count, shift, offset, m2, sums):
+    found = _sum_rows(tile, rows, columns, like, sums[0], True)
+    if is_beyond(found[2]):
+        found = _sum_rows(tile, rows, columns, like, sums[1], False)
+    _fold(0, np.float64(rows * columns), *found, count, shift, offset, m2)
+
+
+def fold_rows(tile, rows, columns, like, count, shift, offset, m2, sums):
+    """Merge a tile of one feature into the feature's moments."""
+
+
+@overload(fold_rows, jit_options=PART)
+def _fold_rows_of(tile, rows, columns, like, count, shift, offset, m2, sums):
+    return _fold_rows_of_halves if like in HALVES else _fold_rows
 
 
 @machinery
@@ -162,19 +226,86 @@ def _fold_weighted_rows(tile, weights, rows, columns, like, count, shift, offset
 
 
 @machinery
-def fold_columns(tile, rows, columns, like, count, shift, offset, m2, sums):
-    """Merge a tile of many features into the features' moments."""
+def _sum_columns(tile, rows, columns, like, sums, is_corrected):
+    """Leave center, Σ (x − center) and Σ (x − center)² of each feature of a tile in rows of sums."""
     center, drift, square = sums[0, :columns], sums[1, :columns], sums[2, :columns]
-    n = np.float64(rows)
     sums[:3, :columns] = 0
-    if item_of(like) == 8:
-        _add(tile, rows, columns, like, center)
-        center /= n
+    if is_corrected:
+        some, _ = part_for_center(rows, 1, like)
+        _add(tile, some, columns, like, center)
+        for j in range(columns):
+            center[j] = _rounded(center[j] / some, like)
     else:
         _add(tile, 1, columns, like, center)
     _add_deviations(tile, rows, columns, like, center, drift, square)
+
+
+@machinery
+def _sum_one_column(tile, rows, columns, j, like):
+    """As `_sum_columns` in float64, for one feature."""
+    center, drift, square = np.float64(widen(line(tile[0], tile[1], 0, columns, like)[j])), 0.0, 0.0
+    for row in range(rows):
+        deviation = widen(line(tile[0], tile[1], row, columns, like)[j]) - center
+        drift += deviation
+        square += deviation * deviation
+    return center, drift, square
+
+
+# As `_fold`, for many features of one count; in two loops, because one over more arrays is not vectorised.
+
+
+@mapping
+def _finish(n, center, drift, square, shift):
+    """Turn sums of deviations from the center into (offset, m2)."""
+    for j in range(drift.size):
+        mean_drift = drift[j] / n
+        m2 = square[j] - drift[j] * mean_drift
+        square[j] = 0.0 if m2 < 0 else m2
+        drift[j] = center[j] - shift[j] + mean_drift
+
+
+@mapping
+def _merge_alike(count, offset, m2, n, other_offset, other_m2):
+    for j in range(m2.size):
+        _, offset[j], m2[j] = merge_scalars(count, offset[j], m2[j], n, other_offset[j], other_m2[j])
+
+
+@machinery
+def _fold_all(n, center, drift, square, count, shift, offset, m2):
+    if count[0] == 0:
+        for j in range(shift.size):
+            shift[j] = center[j]
+    _finish(n, center, drift, square, shift)
+    _merge_alike(count[0], offset, m2, n, drift, square)
+    count += n
+
+
+def _fold_columns(tile, rows, columns, like, count, shift, offset, m2, sums):
+    exact = sums[1]
+    _sum_columns(tile, rows, columns, like, exact, item_of(like) == 8)
+    found = exact[0, :columns], exact[1, :columns], exact[2, :columns]
+    _fold_all(np.float64(rows), *found, count, shift, offset, m2)
+
+
+def _fold_columns_of_halves(tile, rows, columns, like, count, shift, offset, m2, sums):
+    quick, exact = sums
+    _sum_columns(tile, rows, columns, like, quick, True)
+    center, drift, square = exact[0, :columns], exact[1, :columns], exact[2, :columns]
     for j in range(columns):
-        _fold(j, n, center[j], drift[j], square[j], count, shift, offset, m2)
+        center[j], drift[j], square[j] = quick[0, j], quick[1, j], quick[2, j]
+    for j in range(columns):
+        if is_beyond(square[j]):
+            center[j], drift[j], square[j] = _sum_one_column(tile, rows, columns, j, like)
+    _fold_all(np.float64(rows), center, drift, square, count, shift, offset, m2)
+
+
+def fold_columns(tile, rows, columns, like, count, shift, offset, m2, sums):
+    """Merge a tile of many features into the features' moments."""
+
+
+@overload(fold_columns, jit_options=PART)
+def _fold_columns_of(tile, rows, columns, like, count, shift, offset, m2, sums):
+    return _fold_columns_of_halves if like in HALVES else _fold_columns
 
 
 @machinery
@@ -202,14 +333,14 @@ def kernel(dtype, is_columns, weighted):
         place, room = carve_place(room_in(scratch), axes)
         values, room = carve(room, grid[TILE], like)
         weights, room = carve(room, grid[TILE] if weighted else 0, 0.0)
-        sums, room = carve_rows(room, 4, max(grid[WIDTH], MOST), 0.0)
+        sums, room = carve_sums(room, max(grid[WIDTH], MOST), like)
         for group, rows, columns, first, last in tiles(counter, grid, axes, place):
             into = count[group, first:last], shift[group, first:last], offset[group, first:last], m2[group, first:last]
             x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, x_kind, values)
             if weighted:
                 w_at = address_of(where, axes, 2, place)
                 w_tile = load(w_at, steps_of(axes, 2), rows, columns, where_kind, weights)
-                fold_weighted(x_tile, w_tile, rows, columns, like, *into, sums)
+                fold_weighted(x_tile, w_tile, rows, columns, like, *into, sums[1])
             else:
                 fold(x_tile, rows, columns, like, *into, sums)
 

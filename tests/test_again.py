@@ -1,5 +1,6 @@
 """Calls like one before: the same bits, the same errors, the same care of state as in the first one."""
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +20,13 @@ def _nothing_before() -> Iterator[None]:
     functional._again.clear()
     yield
     functional._again.clear()
+
+
+@pytest.fixture(params=[(9, 4), (4000, 40)], ids=["small", "shared"])
+def shape(request: pytest.FixtureRequest) -> tuple[int, int]:
+    """Of an array that is worked on in one go, and of one that threads share."""
+    made: tuple[int, int] = request.param
+    return made
 
 
 def _state(stats: bn.RunningStats) -> list[Any]:
@@ -49,6 +57,10 @@ SHAPES = [
     ((2, 3, 4), (0, 2)),
     ((5,), ()),
     ((3, 1), 1),
+    # Threads share these: in two kernels each way, of columns and of rows; in one.
+    ((300, 500), 1),
+    ((4, 9, 64, 60), 1),
+    ((2, 16, 70, 70), 1),
 ]
 
 
@@ -123,16 +135,16 @@ def test_any_strides(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_parameters_are_read_at_each_call() -> None:
-    x, weight, bias = rng.normal(size=(9, 4)), np.ones(4), np.zeros(4)
+def test_parameters_are_read_at_each_call(shape: tuple[int, int]) -> None:
+    x, weight, bias = rng.normal(size=shape), np.ones(shape[1]), np.zeros(shape[1])
     plain = [bn.batch_norm(x, weight, bias) for _ in range(2)][1]
     weight[:], bias[:] = 3, 1
     np.testing.assert_allclose(bn.batch_norm(x, weight, bias), 3 * plain + 1)
 
 
-def test_parameters_may_change_before_the_way_back() -> None:
-    x, weight, bias = rng.normal(size=(9, 4)), np.full(4, 2.0), np.zeros(4)
-    dy = rng.normal(size=(9, 4))
+def test_parameters_may_change_before_the_way_back(shape: tuple[int, int]) -> None:
+    x, weight, bias = rng.normal(size=shape), np.full(shape[1], 2.0), np.zeros(shape[1])
+    dy = rng.normal(size=shape)
     _, first = bn.batch_norm_forward(x, weight, bias)
     truth = bn.batch_norm_backward(dy, first)
     _, second = bn.batch_norm_forward(x, weight, bias)
@@ -150,14 +162,14 @@ def test_gradients_of_another_dtype_and_layout(dy_dtype: str) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_wrong_dy_is_told_of_as_the_first_time() -> None:
-    x = rng.normal(size=(9, 4))
+def test_a_wrong_dy_is_told_of_as_the_first_time(shape: tuple[int, int]) -> None:
+    x = rng.normal(size=shape)
     for _ in range(2):
         _, saved = bn.batch_norm_forward(x)
-        with pytest.raises(ValueError, match=r"dy has shape \(4, 9\)"):
+        with pytest.raises(ValueError, match=re.escape(f"dy has shape {x.T.shape}")):
             bn.batch_norm_backward(x.T, saved)
         with pytest.raises(TypeError, match="dy has dtype int64"):
-            bn.batch_norm_backward(np.ones((9, 4), np.int64), saved)
+            bn.batch_norm_backward(np.ones(shape, np.int64), saved)
         with pytest.raises(ValueError, match="foreign byte order"):
             bn.batch_norm_backward(x.astype(x.dtype.newbyteorder()), saved)
         with pytest.raises(TypeError, match="dy is None"):
@@ -184,14 +196,14 @@ def test_an_axis_that_is_a_number_only_to_python() -> None:
 
 
 @pytest.mark.parametrize("nonfinite", ["skip", "raise", "propagate"])
-def test_what_is_not_finite(nonfinite: str) -> None:
-    x = rng.normal(size=(9, 4))
+def test_what_is_not_finite(nonfinite: str, shape: tuple[int, int]) -> None:
+    x = rng.normal(size=shape)
     bad = x.copy()
     bad[2, 1] = np.nan
     results = []
     for like_before in (False, True):
         functional._again.clear()
-        stats = bn.RunningStats(4, nonfinite=nonfinite)
+        stats = bn.RunningStats(shape[1], nonfinite=nonfinite)
         bn.batch_norm(x, stats=stats)
         if not like_before:
             functional._again.clear()
@@ -207,8 +219,8 @@ def test_what_is_not_finite(nonfinite: str) -> None:
     np.testing.assert_equal(*results)
 
 
-def test_numbers_beyond_float32() -> None:
-    x = rng.normal(size=(9, 4)).astype(np.float32)
+def test_numbers_beyond_float32(shape: tuple[int, int]) -> None:
+    x = rng.uniform(-3, 3, size=shape).astype(np.float32)
     far = x * np.float32(1e38)
     truth = bn.batch_norm(far)
     assert np.isfinite(truth).all()
@@ -222,8 +234,8 @@ def test_numbers_beyond_float32() -> None:
         np.testing.assert_array_equal(a, b)
 
 
-def test_frozen_states_stay() -> None:
-    x, stats = rng.normal(size=(9, 4)), bn.RunningStats(4)
+def test_frozen_states_stay(shape: tuple[int, int]) -> None:
+    x, stats = rng.normal(size=shape), bn.RunningStats(shape[1])
     bn.batch_norm(x, stats=stats)
     before = _state(stats)
     with stats.frozen():
@@ -246,17 +258,17 @@ def test_states_of_one_shape_and_different_settings() -> None:
             bn.batch_norm(x, stats=bn.RunningStats(4, correction=2))
 
 
-def test_a_count_for_each_feature_goes_on() -> None:
-    x, stats = rng.normal(size=(9, 4)), bn.RunningStats(4)
+def test_a_count_for_each_feature_goes_on(shape: tuple[int, int]) -> None:
+    x, stats = rng.normal(size=shape), bn.RunningStats(shape[1])
     bn.batch_norm(x, stats=stats)
-    bn.batch_norm(x, stats=stats, where=rng.random((9, 4)) > 0.3)
+    bn.batch_norm(x, stats=stats, where=rng.random(shape) > 0.3)
     seen = np.array(stats.count)
     bn.batch_norm(x, stats=stats)
-    np.testing.assert_array_equal(stats.count, seen + 9)
+    np.testing.assert_array_equal(stats.count, seen + shape[0])
 
 
-def test_results_of_a_state_stay_read_only() -> None:
-    x, stats = rng.normal(size=(9, 4)), bn.RunningStats(4)
+def test_results_of_a_state_stay_read_only(shape: tuple[int, int]) -> None:
+    x, stats = rng.normal(size=shape), bn.RunningStats(shape[1])
     for _ in range(2):
         bn.batch_norm(x, stats=stats)
         for array in (stats.mean, stats.var):
@@ -282,8 +294,10 @@ def test_no_update_is_lost_among_threads() -> None:
     assert stats.count == 2400 * 32
 
 
-def test_an_update_by_another_thread_in_between_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, stats = rng.normal(size=(9, 4)), bn.RunningStats(4, update_rate=0.5)
+def test_an_update_by_another_thread_in_between_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+) -> None:
+    x, stats = rng.normal(size=shape), bn.RunningStats(shape[1], update_rate=0.5)
     bn.batch_norm(x, stats=stats)
     exchange = bn.RunningStats.exchange
 
@@ -294,23 +308,23 @@ def test_an_update_by_another_thread_in_between_is_not_lost(monkeypatch: pytest.
 
     monkeypatch.setattr(bn.RunningStats, "exchange", with_a_rival)
     bn.batch_norm(x, stats=stats)
-    expected = bn.RunningStats(4, update_rate=0.5)
+    expected = bn.RunningStats(shape[1], update_rate=0.5)
     for factor in (1, 3, 1):
         expected.update(bn.moments(factor * x))
     assert _state(stats) == _state(expected)
 
 
-def test_a_subclass_keeps_what_it_changes() -> None:
+def test_a_subclass_keeps_what_it_changes(shape: tuple[int, int]) -> None:
     class Loud(bn.RunningStats):
         def prepare(self, *arguments: Any) -> Any:
             heard.append(arguments)
             return super().prepare(*arguments)
 
     heard: list[Any] = []
-    x = rng.normal(size=(9, 4))
-    bn.batch_norm(x, stats=bn.RunningStats(4))
+    x = rng.normal(size=shape)
+    bn.batch_norm(x, stats=bn.RunningStats(shape[1]))
     for _ in range(3):
-        bn.batch_norm(x, stats=Loud(4))
+        bn.batch_norm(x, stats=Loud(shape[1]))
     assert len(heard) == 3
 
 
@@ -354,6 +368,16 @@ def test_out(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(out, expected)
     assert into(x) is x
     np.testing.assert_array_equal(x, expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_out_of_arrays_that_threads_share(training: bool) -> None:
+    x, weight, stats = rng.normal(size=(4000, 40)).astype(np.float32), rng.normal(size=40), bn.RunningStats(40)
+    for _ in range(2):
+        expected = bn.batch_norm(x, weight, stats=stats.copy(), training=training)
+        out = np.full_like(x, np.nan)
+        assert bn.batch_norm(x, weight, stats=stats.copy(), training=training, out=out) is out
+        np.testing.assert_array_equal(out, expected)
 
 
 def test_a_wrong_out_changes_nothing() -> None:

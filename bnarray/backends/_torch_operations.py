@@ -213,7 +213,12 @@ class Followed:
 
     def __init__(self, plan: Training) -> None:
         self._plan = plan
-        self.dtypes, self.transform, self.backward = plan.dtypes, plan.transform, plan.backward
+        self.dtypes, self.is_small, self.transform, self.backward = (
+            plan.dtypes,
+            plan.is_small,
+            plan.transform,
+            plan.backward,
+        )
 
     def forward(self, x: Tensor, weight: Any, bias: Any, stats: RunningStats | None) -> tuple[Tensor, Vectors] | None:
         """Return y and the vectors, with `stats` updated."""

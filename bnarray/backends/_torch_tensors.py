@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from bnarray.backends import _again, _strided
 from bnarray.backends import numpy as numpy_backend
-from bnarray.backends._strided import WORTH_SHARING, Memory, Vector
+from bnarray.backends._strided import Memory, Vector
 from bnarray.backends.generic import plain
 from bnarray.cuda import obstacle
 from bnarray.dispatch import Transform, backend, load
@@ -291,7 +291,7 @@ _NOTHING = (None,)
 
 def signature(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Any, ...] | None:
     """As a verb has it, of tensors that torch need not follow."""
-    if not _has_memory(x) or not 0 < x.numel() < WORTH_SHARING:
+    if not _has_memory(x) or x.numel() == 0:
         return None
     of_x = _of_memory(x)
     of_weight = _NOTHING if weight is None else _of_memory(weight)
@@ -308,7 +308,7 @@ def signature_of_gradient(dy: Tensor, x: Tensor) -> tuple[Any, ...] | None:
 _arrays = _again.Library(
     look=_memory,
     place=lambda x: memory.NOWHERE if x is None else x.data_ptr(),
-    empty_like=torch.empty_like,
+    empty_like=empty_like,
     empty=torch.empty,
     is_contiguous=Tensor.is_contiguous,
     is_object=False,

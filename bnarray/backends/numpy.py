@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bnarray.backends import _again, _strided
-from bnarray.backends._strided import NONE, WORTH_SHARING, Memory, Vector, counted, flat, shaped
+from bnarray.backends._strided import NONE, Memory, Vector, counted, flat, shaped
 from bnarray.backends.generic import Count
 from bnarray.dispatch import Capabilities, backend
 from bnarray.kernels.cpu import features, memory
@@ -223,7 +223,7 @@ def update_stats(
 
 
 def signature(x: ndarray, weight: Any, bias: Any) -> tuple[Any, ...] | None:
-    if type(x) is not np.ndarray or not 0 < x.size < WORTH_SHARING:
+    if type(x) is not np.ndarray or x.size == 0:
         return None
     of_weight = of_bias = None
     if weight is not None:

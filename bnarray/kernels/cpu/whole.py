@@ -2,14 +2,15 @@
 
 What is the same in all calls with arguments of the same kinds is on a `sheet`, so that few arguments are left to
 convert. Vectors are converted to float64 and back here, and the work is done by the kernels that every other call goes
-through.
+through. On larger arrays, where threads share the work, the parts of a call are entered one by one (`begin`, `follow`,
+`write_sums`).
 """
 
 import numpy as np
 from numba import types
 
 from bnarray.kernels.cpu import features
-from bnarray.kernels.cpu.compiled import Kernel, index, indices, machinery, number, partials, scratch, table
+from bnarray.kernels.cpu.compiled import Kernel, index, indices, machinery, number, partials, scratch, table, vector
 from bnarray.kernels.cpu.handover import call_at
 from bnarray.kernels.cpu.memory import FLOAT32, FLOAT64, NOWHERE, carve, data_of, read, room_in, view, write
 from bnarray.kernels.cpu.pool import REFUSED
@@ -61,11 +62,36 @@ def _read_parameters(sheet, weight, bias, vectors):
 
 
 @machinery
+def _read_statistics(mean, var, vectors):
+    read(data_of(mean), 8, FLOAT64, vectors[0])
+    read(data_of(var), 8, FLOAT64, vectors[1])
+
+
+@machinery
 def _parameters(sheet, vectors):
     """Rows of weight and bias; where there is none, nothing."""
     size = vectors.shape[1]
     has_weight, has_bias = sheet[WEIGHT] != NONE, sheet[BIAS] != NONE
     return vectors[2, : size if has_weight else 0], vectors[3, : size if has_bias else 0]
+
+
+@machinery
+def _follow(count, vectors, mean, var, rate, correction, new):
+    """Write the running statistics after the batch in `vectors` to `new`."""
+    found, m2, nothing = vectors[0], vectors[1], vectors[0, :0]
+    if not features.all_finite(found, m2):
+        return NOT_FINITE
+    running_mean, running_var = view(data_of(mean), m2.size, 0.0), view(data_of(var), m2.size, 0.0)
+    features.run(running_mean, running_var, count, nothing, found, m2, rate, correction, new)
+    return DONE
+
+
+@machinery
+def _write_sums(sheet, sum_dz, sum_dz_x, dweight, dbias):
+    if sheet[WEIGHT] != NONE:
+        write(sum_dz_x, _at(dweight, sheet), _item(sheet[WEIGHT]), sheet[WEIGHT])
+    if sheet[BIAS] != NONE:
+        write(sum_dz, _at(dbias, sheet), _item(sheet[BIAS]), sheet[BIAS])
 
 
 def _train(scratch, sheet, grid, axes, x, y, weight, bias, eps, vectors, mean, var, rate, correction, new):
@@ -78,19 +104,13 @@ def _train(scratch, sheet, grid, axes, x, y, weight, bias, eps, vectors, mean, v
         return FAILED
     if counter[REFUSED]:
         return BEYOND_FLOAT32
-    if mean != NOWHERE:
-        if not features.all_finite(found, m2):
-            return NOT_FINITE
-        running_mean, running_var = view(data_of(mean), m2.size, 0.0), view(data_of(var), m2.size, 0.0)
-        features.run(running_mean, running_var, count, nothing, found, m2, rate, correction, new)
-    return DONE
+    return DONE if mean == NOWHERE else _follow(count, vectors, mean, var, rate, correction, new)
 
 
 def _evaluate(scratch, sheet, grid, axes, x, y, weight, bias, eps, vectors, mean, var):
     """Write y, and (mean, var, weight, bias) to `vectors`."""
     counter, room = _carve_counter(room_in(scratch))
-    read(data_of(mean), 8, FLOAT64, vectors[0])
-    read(data_of(var), 8, FLOAT64, vectors[1])
+    _read_statistics(mean, var, vectors)
     _read_parameters(sheet, weight, bias, vectors)
     at, kind, relu = _at(x, sheet), sheet[KIND], sheet[RELU] != 0
     operands = counter, *_left(room), grid, axes, at, _at(y, sheet), at, kind, False, relu
@@ -112,11 +132,14 @@ def _go_back(scratch, sheet, grid, axes, dy, x, dx, eps, vectors, dweight, dbias
         return FAILED
     if counter[REFUSED]:
         return BEYOND_FLOAT32
-    if sheet[WEIGHT] != NONE:
-        write(sum_dz_x, _at(dweight, sheet), _item(sheet[WEIGHT]), sheet[WEIGHT])
-    if sheet[BIAS] != NONE:
-        write(sum_dz, _at(dbias, sheet), _item(sheet[BIAS]), sheet[BIAS])
+    _write_sums(sheet, sum_dz, sum_dz_x, dweight, dbias)
     return DONE
+
+
+def _begin(sheet, weight, bias, vectors, mean, var):
+    if mean != NOWHERE:
+        _read_statistics(mean, var, vectors)
+    _read_parameters(sheet, weight, bias, vectors)
 
 
 _entry = scratch, indices, indices, table
@@ -129,3 +152,8 @@ evaluate = Kernel(
     "evaluate", types.int64(*_entry, index, index, index, index, number, partials, index, index), _evaluate
 )
 go_back = Kernel("go_back", types.int64(*_entry, index, index, index, number, partials, index, index), _go_back)
+
+#: Reads weight and bias, and statistics to evaluate with unless they are NOWHERE, into vectors.
+begin = Kernel("begin", types.void(indices, index, index, partials, index, index), _begin)
+follow = Kernel("follow", types.int64(number, partials, index, index, number, number, partials), _follow.py_func)
+write_sums = Kernel("write_sums", types.void(indices, vector, vector, index, index), _write_sums.py_func)

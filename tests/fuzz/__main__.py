@@ -22,7 +22,7 @@ LIMIT = 120
 def _child(first: int, last: int, folder: Path) -> None:
     """Make the calls of some seeds; write down where it is, what failed and what was called."""
     from tests.fuzz import calls
-    from tests.fuzz.memory import forget_plans, guarded_library
+    from tests.fuzz.memory import PLANS_LAST, guarded_library, plan_anew
 
     faulthandler.enable()
     place = os.open(folder / "seed", os.O_CREAT | os.O_WRONLY)
@@ -30,8 +30,8 @@ def _child(first: int, last: int, folder: Path) -> None:
         for seed in range(first, last):
             os.pwrite(place, b"%20d" % seed, 0)
             faulthandler.dump_traceback_later(LIMIT, exit=True)
-            if seed % 500 == 0:
-                forget_plans()
+            if seed == first or seed % PLANS_LAST == 0:
+                plan_anew(seed)
             try:
                 calls.run(Random(seed))
             except Exception:
@@ -87,9 +87,10 @@ def main() -> int:
         return 0
     if options.call is not None:
         from tests.fuzz import calls
-        from tests.fuzz.memory import guarded_library
+        from tests.fuzz.memory import guarded_library, plan_anew
 
         with guarded_library():
+            plan_anew(options.call)
             calls.run(Random(options.call))
         return 0
     number, counted, wrong = run(options.first, options.calls, 60 * options.minutes, options.bounds)

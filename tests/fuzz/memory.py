@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from bnarray.backends._strided import WORTH_SHARING
+
 PAGE = mmap.PAGESIZE
 _PROT_NONE = 0
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -157,7 +159,20 @@ def guarded_library() -> Iterator[None]:
         for module in modules:
             module.np = np
         backend._arrays = arrays
-        forget_plans()
+        plan_anew(0)
+
+
+#: Calls between two times that plans are made anew.
+PLANS_LAST = 250
+
+
+def plan_anew(seed: int) -> None:
+    """Give up plans, and make those that follow as for arrays of any size that threads share, every other time."""
+    from bnarray.backends import _again, _strided
+
+    forget_plans()
+    for module in (_strided, _again):
+        module.WORTH_SHARING = 1 if seed // PLANS_LAST % 2 else WORTH_SHARING  # type: ignore[attr-defined]
 
 
 def forget_plans() -> None:

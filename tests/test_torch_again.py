@@ -112,6 +112,16 @@ def test_a_graph_that_is_kept() -> None:
     _assert_same(*results)
 
 
+def test_many_gradients_at_once() -> None:
+    x, many = torch.randn(6, 4, requires_grad=True), torch.randn(3, 6, 4)
+    for _ in range(2):
+        y = bn.batch_norm(x)
+        expected = torch.stack([torch.autograd.grad(y, x, each, retain_graph=True)[0] for each in many])
+        for _ in range(2):
+            (found,) = torch.autograd.grad(y, x, many, retain_graph=True, is_grads_batched=True)
+            torch.testing.assert_close(found, expected)
+
+
 def test_a_wrong_call_is_told_of_as_the_first_time() -> None:
     x = torch.randn(6, 4)
     bn.batch_norm(x, torch.ones(4))

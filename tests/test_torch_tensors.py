@@ -450,6 +450,24 @@ def test_vmap() -> None:
     torch.testing.assert_close(per_sample[0], weight.grad, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: options.name)
+def test_many_gradients_at_once(options: Options) -> None:
+    """A graph that eager calls made, gone back through once for a stack of gradients: in both of torch's ways."""
+    call, arguments = _arguments(options)
+    y, many = call(*arguments), _double(4, 6, 3, 4, seed=7).detach()
+
+    def back(dy: Tensor, **keywords: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, arguments, dy, retain_graph=True, **keywords)
+
+    expected = [torch.stack(each) for each in zip(*(back(dy) for dy in many), strict=True)]
+    for found in (
+        back(many, is_grads_batched=True),
+        back(many, is_grads_batched=True, create_graph=True),
+        torch.func.vmap(back)(many),
+    ):
+        torch.testing.assert_close(found, tuple(expected), rtol=1e-10, atol=1e-10)
+
+
 def test_state_under_a_transformation_is_refused() -> None:
     stats, xs = bn.RunningStats(3), torch.randn(5, 20, 3)
     for transformed in (torch.func.vmap, torch.func.grad):

@@ -75,6 +75,15 @@ def _gradients_of_given(sum_dz_x: Any, sum_dz: Any, transform: Transform) -> tup
     return -sum_dz * scale, -0.5 * share * sum_dz_x * invstd * scale
 
 
+def _in_tensors(transform: Transform, x: Tensor) -> Transform:
+    """A transform whose vectors torch follows."""
+    vectors = (None if each is None else verbs.of_vector(each, x) for each in (transform.weight, transform.bias))
+    weight, bias = vectors
+    mean, m2 = verbs.of_vector(transform.mean, x), verbs.of_vector(transform.m2, x)
+    count = transform.count if is_number(transform.count) else verbs.of_vector(transform.count, x)
+    return transform._replace(count=count, mean=mean, m2=m2, weight=weight, bias=bias)
+
+
 # -- Eager -------------------------------------------------------------------------------------------------------------
 
 
@@ -144,13 +153,16 @@ def _by_kernels(
     x, weight, bias, residual, mean, m2 = inputs
     dy = verbs.check(dy, "dy")
     transform = transform._replace(residual=residual)
+    by: Any = verbs
+    if verbs.is_watched(dy):
+        by, transform = plain, _in_tensors(transform, x)
     gradients: list[Any] = [None] * 6
     if 0 in x.shape or needs[0] or (residual is not None and needs[3]) or exchange is not None:
         rest = transform, where, mean is not None, None, exchange
-        dx, sum_dz_x, sum_dz, dz = steps.backward(verbs, dy, x, *rest)
+        dx, sum_dz_x, sum_dz, dz = steps.backward(by, dy, x, *rest)
         gradients[0], gradients[3] = dx, dz
     else:
-        sum_dz, sum_dz_x = verbs.grad_sums(dy, x, transform)
+        sum_dz, sum_dz_x = by.grad_sums(dy, x, transform)
     if weight is not None and needs[1]:
         gradients[1] = verbs.of_vector(sum_dz_x, x, weight.dtype)
     if bias is not None and needs[2]:

@@ -80,6 +80,11 @@ def is_recorded(x: Tensor) -> bool:
     )
 
 
+def is_watched(dy: Tensor) -> bool:
+    """Whether a gradient stands for many at once (``is_grads_batched=True``, `torch.func.vmap`), or is transformed."""
+    return is_transformed() or not torch._C._has_storage(dy)
+
+
 def _has_memory(x: Tensor) -> bool:
     """Whether kernels can work on a tensor."""
     return x.is_cpu and not is_recorded(x) and not is_transformed()
@@ -302,7 +307,7 @@ def signature(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[An
 def signature_of_gradient(dy: Tensor, x: Tensor) -> tuple[Any, ...] | None:
     if type(dy) not in _PLAIN or not _has_memory(dy) or dy.dtype not in _FLOATS or dy.shape != x.shape:
         return None
-    return _of_memory(dy)
+    return _of_memory(dy) if torch._C._has_storage(dy) else None
 
 
 _arrays = _again.Library(

@@ -1,7 +1,7 @@
 """The public functions: validation, and the order of the steps."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import wraps
 from math import isfinite
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -75,6 +75,11 @@ class Saved:
     exchange: Any = None  # with the members of a group
     again: Any = None  # what made the call, if one like it had been made before
     vectors: Any = None
+
+    def __getstate__(self) -> tuple[None, dict[str, Any]]:
+        """Copies and pickles go back without what made the call, which is this process's."""
+        state = {field.name: getattr(self, field.name) for field in fields(self)}
+        return None, {**state, "again": None, "vectors": None}
 
     @property
     def moments(self) -> Moments | None:

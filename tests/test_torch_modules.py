@@ -322,6 +322,17 @@ def test_without_tracking() -> None:
     assert (stopped.running_mean == 0).all()
 
 
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_without_a_number_of_batches(momentum: float | None) -> None:
+    """As modules have it whose buffer was taken away."""
+    x = torch.randn(6, 3)
+    ours, theirs = bt.BatchNorm1d(3, momentum=momentum), torch.nn.BatchNorm1d(3, momentum=momentum)
+    for module in (ours, theirs):
+        module.num_batches_tracked = None
+        module(x)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+
+
 def test_statistics_far_from_zero() -> None:
     x = 1e6 + torch.randn(10000, 3)
     ours, theirs = bt.BatchNorm1d(3, momentum=1.0), nn.BatchNorm1d(3, momentum=1.0)

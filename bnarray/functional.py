@@ -333,7 +333,7 @@ def _backward(
         dresidual = verbs.cast(dy, x.dtype)
         if out is not None and verbs.overlap(out, dresidual):
             dresidual = verbs.copy(dresidual)
-    if verbs.is_traced(x, dy, transform.weight, transform.bias, transform.residual):
+    if verbs.is_traced(x, dy, transform.weight, transform.bias, transform.residual, saved.where):
         gradients = verbs.traced_backward(dy, x, transform, saved.where, saved.is_constant, *_if_given(exchange))
     else:
         gradients = steps.backward(verbs, dy, x, transform, saved.where, saved.is_constant, out, exchange)
@@ -378,10 +378,10 @@ def moments(x: Array, *, axis: int | tuple[int, ...] = 1, where: Array | None = 
         verbs = backend_with(verbs, "x", x, "where", where)
         where = verbs.check_where(x, where)
     if group is not None:
-        if verbs.joins(x):
+        if verbs.joins(x, where):
             raise NotImplementedError("moments over a group have no gradient with respect to x; pass x.detach()")
         group.bind(features_shape(x.shape, kept), kept, _name(x.dtype))
-    elif verbs.is_traced(x):
+    elif verbs.is_traced(x, where):
         return Moments.of(*verbs.traced_moments(x, kept, where))
     count, mean, m2 = steps.moments(verbs, x, kept, where, group)
     _check_count(count, where is not None or group is not None)
@@ -592,7 +592,7 @@ def _forward(call: _Call, exchange: Any) -> tuple[Array, Transform]:
         if isinstance(stats, RunningStats):
             update = verbs.prepare(stats, count, mean, m2)
 
-    arrays = x, weight, bias, residual, *_arrays(stats)
+    arrays = x, weight, bias, residual, where, *_arrays(stats)
     if exchange is None:
         is_followed = verbs.is_traced(*arrays)
     else:

@@ -258,6 +258,49 @@ def test_autograd_notices_what_is_overwritten() -> None:
         y.sum().backward()
 
 
+def _pair(x: Tensor) -> Tensor:
+    """A tensor that wraps others, so that it has no memory itself."""
+    two_tensor = pytest.importorskip("torch.testing._internal.two_tensor", reason="wrapping subclasses: not verified")
+    return two_tensor.TwoTensor(x, x.clone())
+
+
+def test_wrapped_beside_plain() -> None:
+    """Whichever argument it is that wraps others, kernels do not look for its memory."""
+    x, each, mask = torch.randn(20, 3), torch.rand(20, 3), torch.rand(20, 3) < 0.7
+    for options in ({"weight": each[0]}, {"bias": each[0]}, {"residual": each}, {"where": mask}):
+        ((name, given),) = options.items()
+        for _ in range(2):
+            y = bn.batch_norm(x, **{name: _pair(given)})
+            torch.testing.assert_close(y.b, bn.batch_norm(x, **options), rtol=0, atol=0)
+    torch.testing.assert_close(bn.moments(x, where=_pair(mask)).m2.a, bn.moments(x, where=mask).m2, rtol=0, atol=0)
+
+
+def test_wrapped_gradient_of_plain() -> None:
+    x, dy, residual = torch.randn(20, 3, requires_grad=True), torch.randn(20, 3), torch.randn(20, 3)
+    for options in ({}, {"residual": residual, "activation": "relu"}):
+        for _ in range(2):
+            y = bn.batch_norm(x, **options)
+            (expected,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+            (found,) = torch.autograd.grad(y, x, _pair(dy))
+            torch.testing.assert_close(found.b, expected)
+            _, saved = bn.batch_norm_forward(x.detach(), **options)
+            torch.testing.assert_close(bn.batch_norm_backward(_pair(dy), saved).x.b, expected)
+
+
+def test_only_the_backward_pass_is_intercepted() -> None:
+    """A mode that counts what torch does, for example, round nothing but the backward pass."""
+    flop_counter = pytest.importorskip("torch.utils.flop_counter", reason="modes are not verified")
+    x, dy = torch.randn(20, 3, requires_grad=True), torch.randn(20, 3)
+    for _ in range(2):
+        y, (_, saved) = bn.batch_norm(x), bn.batch_norm_forward(x.detach())
+        (expected,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+        with flop_counter.FlopCounterMode(display=False):
+            (found,) = torch.autograd.grad(y, x, dy)
+            by_hand = bn.batch_norm_backward(dy, saved).x
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(by_hand, expected)
+
+
 # -- Compilation -------------------------------------------------------------------------------------------------------
 
 
@@ -548,6 +591,7 @@ def test_refused() -> None:
         (x.to(torch.complex64), "x has dtype torch.complex64"),
         (x.to_sparse(), "x has layout torch.sparse_coo"),
         (x.to_mkldnn(), "x has layout torch._mkldnn"),
+        (torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged), "x is a nested tensor"),
     ]:
         with pytest.raises(TypeError, match=message):
             bn.batch_norm(wrong)
@@ -591,6 +635,10 @@ def test_meta_tensors() -> None:
     x = torch.empty(2, 3, 4, 5, device="meta").to(memory_format=torch.channels_last)
     y = bn.batch_norm(x, torch.empty(3, device="meta"))
     assert (y.device.type, y.shape, y.dtype) == ("meta", x.shape, x.dtype)
+    for stats in bn.RunningStats(3), bn.RunningStats(3, like=x):
+        with pytest.raises(TypeError, match="no values to update stats with"):
+            bn.batch_norm(x, stats=stats)
+        assert (bn.batch_norm(x, stats=stats, training=False).shape, stats.num_updates) == (x.shape, 0)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (4, 0), (0, 0, 2)])

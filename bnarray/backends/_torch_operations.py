@@ -472,15 +472,13 @@ def forward(
     relu: bool,
     exchange: steps.Exchange | None = None,
 ) -> tuple[Tensor, Transform]:
-    if not verbs.is_recorded(x):
-        count, mean, m2 = given or (None, None, None)
+    count, mean, m2 = given or (None, None, None)
+    if not verbs.are_recorded(x, weight, bias, residual, where, mean, m2):
         return _apply(x, weight, bias, residual, mean, m2, _Rest(where, count, kept, eps, relu, exchange))  # type: ignore[no-any-return, no-untyped-call]
     if not (x.is_cpu or verbs.has_cuda_kernels(x)):
         return _formula(x, weight, bias, residual, where, given, kept, eps, relu)
-    count = mean = m2 = None
-    if given is not None:
-        count, mean, m2 = given
-        count = torch.full_like(mean, count) if is_number(count) else count
+    if mean is not None and is_number(count):
+        count = torch.full_like(mean, count)
     y, count, mean, m2 = _forward_operator(x, weight, bias, residual, where, count, mean, m2, list(kept), eps, relu)
     if given is None:
         count = _as_one(count, x, kept, where)
@@ -499,7 +497,7 @@ def _as_one(count: Tensor, x: Tensor, kept: tuple[int, ...], where: Tensor | Non
 def moments(x: Tensor, kept: tuple[int, ...], where: Tensor | None) -> tuple[Any, Tensor, Tensor]:
     if not (x.is_cpu or verbs.has_cuda_kernels(x)):
         return plain.moments(x, kept, where)  # type: ignore[no-any-return]
-    if verbs.is_recorded(x):
+    if verbs.are_recorded(x, where):
         count, mean, m2 = _moments_operator(x, where, list(kept))
     else:
         count, mean, m2 = _Moments.apply(x, where, kept)  # type: ignore[no-untyped-call]
@@ -514,8 +512,9 @@ def backward(
     is_constant: bool,
     exchange: steps.Exchange | None = None,
 ) -> tuple[Tensor, Any, Any, Tensor | None]:
-    if not verbs.is_recorded(x):
+    if not verbs.are_recorded(dy, x, transform.residual, where):
         return _Backward.apply(dy, x, transform, where, is_constant, None, exchange)  # type: ignore[no-any-return, no-untyped-call]
+    transform = _in_tensors(transform, x)
     kept, count, mean, m2, eps, weight, bias, relu, residual, _ = transform
     count = torch.full_like(mean, count) if is_number(count) else count.expand(mean.shape)
     rest = weight, bias, residual, where, count, mean, m2, list(kept), eps, relu, is_constant

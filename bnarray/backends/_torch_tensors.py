@@ -80,9 +80,17 @@ def is_recorded(x: Tensor) -> bool:
     )
 
 
+def are_recorded(*arrays: Any) -> bool:
+    """Whether calls on these are, of which some may be None, or vectors."""
+    return any(isinstance(each, Tensor) and is_recorded(each) for each in arrays)
+
+
 def is_watched(dy: Tensor) -> bool:
-    """Whether a gradient stands for many at once (``is_grads_batched=True``, `torch.func.vmap`), or is transformed."""
-    return is_transformed() or not torch._C._has_storage(dy)
+    """Whether torch has to see what is done to a gradient.
+
+    It may also stand for many at once (``is_grads_batched=True``), without memory of its own.
+    """
+    return is_transformed() or is_recorded(dy) or not torch._C._has_storage(dy)
 
 
 def _has_memory(x: Tensor) -> bool:
@@ -136,6 +144,8 @@ def check(x: Tensor, name: str) -> Tensor:
 
 def _plain(x: Tensor, name: str) -> Tensor:
     """x as its memory has it."""
+    if x.is_nested:
+        raise TypeError(f"{name} is a nested tensor; it should be one array: pad it, and say by where what counts")
     if x.layout is not torch.strided:
         raise TypeError(f"{name} has layout {x.layout}; it should be dense: convert it by {name}.to_dense()")
     if type(x) not in _PLAIN and type(x).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl:
@@ -296,7 +306,7 @@ _NOTHING = (None,)
 
 def signature(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Any, ...] | None:
     """As a verb has it, of tensors that torch need not follow."""
-    if not _has_memory(x) or not 0 < x.numel() < WORTH_SHARING:
+    if x.is_nested or not _has_memory(x) or not 0 < x.numel() < WORTH_SHARING:
         return None
     of_x = _of_memory(x)
     of_weight = _NOTHING if weight is None else _of_memory(weight)

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from bnarray.backends import _torch_tensors as tensors
-from bnarray.dispatch import backend
+from bnarray.dispatch import backend, meet
 from bnarray.functional import batch_norm, batch_norm_forward
 from bnarray.stats import Moments
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "convert", "revert"]
+
+meet()  # the first call of a module may be one that torch compiles
 
 
 def _track(module: Any, count: int, mean: Any, m2: Any) -> None:

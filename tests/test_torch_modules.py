@@ -257,6 +257,15 @@ def test_compiled(momentum: float | None) -> None:
     torch._dynamo.reset()
 
 
+def test_first_call_is_compiled(run_python: Callable[..., str]) -> None:
+    code = (
+        "import torch; from torch import nn; from bnarray.torch import convert;"
+        "model = torch.compile(convert(nn.BatchNorm1d(3)), fullgraph=True, backend='aot_eager');"
+        "print(*model(torch.ones(5, 3)).shape)"
+    )
+    assert run_python(code).split() == ["5", "3"]
+
+
 def test_symbolic_trace_takes_the_module_whole() -> None:
     _, ours = _pair()
     x = torch.randn(4, 3, 8, 8)

@@ -477,8 +477,8 @@ def forward(
         return _apply(x, weight, bias, residual, mean, m2, _Rest(where, count, kept, eps, relu, exchange))  # type: ignore[no-any-return, no-untyped-call]
     if not (x.is_cpu or verbs.has_cuda_kernels(x)):
         return _formula(x, weight, bias, residual, where, given, kept, eps, relu)
-    if mean is not None and is_number(count):
-        count = torch.full_like(mean, count)
+    if given is not None and is_number(given[0]):
+        count = torch.full_like(given[1], given[0])
     y, count, mean, m2 = _forward_operator(x, weight, bias, residual, where, count, mean, m2, list(kept), eps, relu)
     if given is None:
         count = _as_one(count, x, kept, where)

@@ -473,6 +473,40 @@ def test_operators(dtype: Any) -> None:
     torch.library.opcheck(operations._current_operator, (stats.key, order, [3], torch.device("cpu")))
 
 
+_GIVEN = torch.randn(20, 3)
+
+TRANSFORMED = {
+    "grad": lambda x: torch.func.grad(lambda x: (bn.batch_norm(x) ** 3).sum())(x),
+    "hessian": lambda x: torch.func.hessian(lambda x: (bn.batch_norm(x) ** 3).sum())(x),
+    "jvp": lambda x: torch.func.jvp(lambda x: bn.batch_norm(x, activation="relu"), (x,), (x.sin(),))[1],
+    "moments": lambda x: torch.func.grad(lambda x: bn.moments(x).m2.sum())(x),
+    "vmap": lambda x: torch.func.vmap(lambda s: bn.batch_norm(x * s, where=_GIVEN[:, :1] > 0))(_GIVEN[0]),
+    "by hand": lambda x: torch.func.vmap(
+        lambda s: bn.batch_norm_backward(x.cos(), bn.batch_norm_forward(x * s)[1]).x,
+    )(_GIVEN[0]),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_compiled_transformations(name: str, compiled: Any) -> None:
+    x, function = torch.randn(20, 3), TRANSFORMED[name]
+    torch.testing.assert_close(compiled(function)(x), function(x), rtol=1e-5, atol=1e-5)
+    traced = torch.fx.experimental.proxy_tensor.make_fx(function)(x)
+    torch.testing.assert_close(traced(x), function(x), rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_where_there_are_no_kernels(compiled: Any) -> None:
+    x = torch.empty(20, 3, device="meta", requires_grad=True)
+
+    def step(x: Tensor) -> tuple[Tensor, ...]:
+        y, saved = bn.batch_norm_forward(x.detach())
+        return bn.batch_norm(x), bn.batch_norm_backward(y, saved).x, bn.moments(x).mean
+
+    y, dx, mean = compiled(step)(x)
+    y.sum().backward()
+    assert (y.shape, dx.shape, mean.shape, x.grad.shape) == ((20, 3), (20, 3), (3,), (20, 3))
+
+
 # -- Transformations ---------------------------------------------------------------------------------------------------
 
 

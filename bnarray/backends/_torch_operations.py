@@ -460,6 +460,11 @@ def _(key: int, order: Tensor, shape: Sequence[int], device: torch.device) -> tu
 # -- What the backend calls --------------------------------------------------------------------------------------------
 
 
+def _has_operators(x: Tensor) -> bool:
+    """Whether a call that is recorded is to be an operator: one with kernels, which no transformation need see into."""
+    return (x.is_cpu or verbs.has_cuda_kernels(x)) and not verbs.is_transformed()
+
+
 def forward(
     x: Tensor,
     weight: Tensor | None,
@@ -475,7 +480,7 @@ def forward(
     count, mean, m2 = given or (None, None, None)
     if not verbs.are_recorded(x, weight, bias, residual, where, mean, m2):
         return _apply(x, weight, bias, residual, mean, m2, _Rest(where, count, kept, eps, relu, exchange))  # type: ignore[no-any-return, no-untyped-call]
-    if not (x.is_cpu or verbs.has_cuda_kernels(x)):
+    if not _has_operators(x):
         return _formula(x, weight, bias, residual, where, given, kept, eps, relu)
     if given is not None and is_number(given[0]):
         count = torch.full_like(given[1], given[0])
@@ -495,7 +500,7 @@ def _as_one(count: Tensor, x: Tensor, kept: tuple[int, ...], where: Tensor | Non
 
 
 def moments(x: Tensor, kept: tuple[int, ...], where: Tensor | None) -> tuple[Any, Tensor, Tensor]:
-    if not (x.is_cpu or verbs.has_cuda_kernels(x)):
+    if not _has_operators(x):
         return plain.moments(x, kept, where)  # type: ignore[no-any-return]
     if verbs.are_recorded(x, where):
         count, mean, m2 = _moments_operator(x, where, list(kept))
@@ -515,6 +520,8 @@ def backward(
     if not verbs.are_recorded(dy, x, transform.residual, where):
         return _Backward.apply(dy, x, transform, where, is_constant, None, exchange)  # type: ignore[no-any-return, no-untyped-call]
     transform = _in_tensors(transform, x)
+    if not _has_operators(x):
+        return steps.backward(plain, dy, x, transform, where, is_constant)
     kept, count, mean, m2, eps, weight, bias, relu, residual, _ = transform
     count = torch.full_like(mean, count) if is_number(count) else count.expand(mean.shape)
     rest = weight, bias, residual, where, count, mean, m2, list(kept), eps, relu, is_constant

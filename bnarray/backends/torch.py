@@ -41,7 +41,7 @@ from bnarray.backends._torch_tensors import (
     widen,
     zeros,
 )
-from bnarray.backends.generic import array_namespace, namespaces, plain
+from bnarray.backends.generic import array_namespace, namespaces, plain, widest, widest_on
 from bnarray.dispatch import Capabilities
 
 CAPABILITIES = Capabilities(
@@ -54,7 +54,16 @@ CAPABILITIES = Capabilities(
 )
 
 TYPES = torch.Tensor, torch.nn.Parameter
-namespaces.update(dict.fromkeys(TYPES, array_namespace(torch.empty(0))))
+_namespace = array_namespace(torch.empty(0))
+namespaces.update(dict.fromkeys(TYPES, _namespace))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _widest_on(kind: str) -> torch.dtype:
+    return widest_on(_namespace, torch.device(kind))  # type: ignore[no-any-return]
+
+
+widest.update(dict.fromkeys(TYPES, lambda x: _widest_on(x.device.type)))
 
 is_grad_enabled = torch.is_grad_enabled
 

@@ -433,6 +433,31 @@ def test_refusals() -> None:
         bn.moments(x, where=jnp.full((4, 3), 2e38))
 
 
+def test_without_jit_at_all() -> None:
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(6, 3)), jnp.float32)
+    compiled = jax.grad(lambda x: (bn.batch_norm(x) ** 3).sum())
+    expected = bn.batch_norm(x), compiled(x), bn.moments(x).m2
+    with jax.disable_jit():
+        for found, wanted in zip((bn.batch_norm(x), compiled(x), bn.moments(x).m2), expected, strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "weights"])
+def test_strict_promotion(mask: str) -> None:
+    """Where JAX is told to convert no dtype and no rank unasked."""
+    x, weight = jnp.asarray(np.random.default_rng(4).normal(size=(5, 2)), jnp.float32), jnp.ones(2)
+    where = {"none": None, "bool": x > 0, "weights": (x > 0) * x}[mask]
+
+    def loss(x: Any, weight: Any) -> Any:
+        return (bn.batch_norm(x, weight, where=where, residual=x, activation="relu") ** 2).sum()
+
+    expected = jax.hessian(loss)(x, weight)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        np.testing.assert_array_equal(jax.hessian(loss)(x, weight), expected)
+        jax.jvp(loss, (x, weight), (x, weight))
+        jax.jit(lambda x, stats: stats.updated(bn.moments(x, where=where)))(x, bn.RunningStats(2, like=x))
+
+
 def test_a_failure_in_a_call_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     x = jnp.ones((4, 3)) * 17
     for error in (ValueError("so wrong"), KeyboardInterrupt()):

@@ -1,10 +1,12 @@
 """JAX arrays: results, transformations, and the traps of a library that aliases, truncates and traces."""
 
 import contextlib
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from tests.cases import OPTIONS, SHAPES, Drawn, Options, draw
 
 jax = pytest.importorskip("jax", reason="that JAX arrays are served is not verified without JAX")
 import jax.numpy as jnp  # noqa: E402
+from jax import export  # noqa: E402
+from jax.experimental import serialize_executable  # noqa: E402
 from jax.test_util import check_grads  # noqa: E402
 
 from bnarray.backends import _xla  # noqa: E402
@@ -690,6 +694,28 @@ def test_in_a_process_of_its_own(run_python: Callable[..., str]) -> None:
         "print('left')"
     )
     assert run_python(code, JAX_ENABLE_X64="1") == "left\n"
+
+
+def test_programs_of_another_process(tmp_path: Path, run_python: Callable[..., str]) -> None:
+    """As docs/libraries.md has it: one call, then what was compiled or exported elsewhere has kernels to call."""
+    x = jnp.arange(12.0, dtype=jnp.float32).reshape(4, 3) ** 2
+    function = jax.jit(jax.grad(lambda x: (bn.batch_norm(x) ** 3)[0].sum()))
+    serialized = serialize_executable.serialize(function.lower(x).compile())
+    (tmp_path / "compiled").write_bytes(pickle.dumps(serialized))
+    allowed = [export.DisabledSafetyCheck.custom_call("bnarray")]
+    (tmp_path / "exported").write_bytes(export.export(function, disabled_checks=allowed)(x).serialize())
+    code = (
+        "import os, pickle, jax, jax.export, jax.numpy as jnp, numpy as np, bnarray as bn\n"
+        "from jax.experimental import serialize_executable\n"
+        "bn.moments(jnp.ones((2, 1)))\n"
+        "read = lambda name: open(os.path.join(os.environ['FOLDER'], name), 'rb').read()\n"
+        "compiled = serialize_executable.deserialize_and_load(*pickle.loads(read('compiled')))\n"
+        "exported = jax.export.deserialize(bytearray(read('exported'))).call\n"
+        "x = jnp.arange(12.0, dtype=jnp.float32).reshape(4, 3) ** 2\n"
+        "print(*(np.asarray(call(x)).tobytes().hex() for call in (compiled, exported)))"
+    )
+    expected = np.asarray(function(x)).tobytes().hex()
+    assert run_python(code, FOLDER=str(tmp_path)).split() == [expected, expected]
 
 
 def test_a_fork_is_left_in_peace(run_python: Callable[..., str]) -> None:

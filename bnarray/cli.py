@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from bnarray import __version__
+from bnarray.atomic import check_place
 
 _EXIT_CODES = (
     "exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong arguments, 130 interrupted, 141 nobody reads "
@@ -187,14 +188,20 @@ def _bar() -> Iterator[Callable[[int, int], None] | None]:
         yield show
 
 
-def _check_new(path: str | None, force: bool, *others: str | None) -> None:
-    if path is None:
-        return
+def _check_once(path: str, *others: str | None) -> None:
     for other in others:
         if other is not None and os.path.realpath(path) == os.path.realpath(other):
             raise ValueError(f"{path} is named twice; write to another place")
+
+
+def _check_new(path: str | None, force: bool, *others: str | None) -> None:
+    """Raise, before the work is done, if its result cannot have this place."""
+    if path is None:
+        return
+    _check_once(path, *others)
     if os.path.lexists(path) and not force:
         raise FileExistsError(f"{path} exists; name another place, or replace it by force")
+    check_place(path)
 
 
 def _normalize(options: argparse.Namespace) -> None:
@@ -202,7 +209,7 @@ def _normalize(options: argparse.Namespace) -> None:
     from bnarray.stats import RunningStats
 
     _check_new(options.save_stats, options.force, options.src, options.dst, options.where, options.stats)
-    _check_new(options.dst, True, options.stats)
+    _check_once(options.dst, options.stats)
     if options.save_stats is not None:
         files.check_one_array(options.src, options.member)
     given = None if options.stats is None else RunningStats.load(options.stats)

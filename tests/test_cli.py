@@ -193,6 +193,9 @@ def test_mistakes_are_one_line(folder: Path) -> None:
         (["x.npy", "new.npy", "--stats", "x.npy"], "holds no statistics"),
         (["x.npy", "new.npy", "--save-stats", "new.npy"], "named twice"),
         (["x.npy", "new.npy", "--save-stats", "y.npy"], "y.npy exists"),
+        (["x.npy", "new.npy", "--save-stats", "no/s.npz"], "there is no such folder"),
+        (["x.npy", "new.npy", "--save-stats", "folder", "--force"], "it is a folder"),
+        (["x.npy", "new.npy", "--save-stats", "pipe.npy", "--force"], "would be replaced by one"),
         (["x.npy", "new.npy", "--dtype", "int8"], "dtype is int8"),
         (["x.npy", "new.npy", "--where", "more.npy"], "does not broadcast"),
     ):
@@ -201,6 +204,7 @@ def test_mistakes_are_one_line(folder: Path) -> None:
         assert said in line
         assert not (folder / "new.npy").exists()
     assert (folder / "y.npy").read_text() == "older"
+    assert (folder / "pipe.npy").is_fifo()
     assert "x.npy is named twice" in _fails("stats", "x.npy", "--out", "x.npy", "--force", cwd=folder)
     for wrong in (["--axis", "a"], ["--chunk-mb", "0"], ["--chunk-mb", "nan"], ["--eps", "x"]):
         done = _bnarray("normalize", "x.npy", "new.npy", *wrong, cwd=folder)
@@ -284,3 +288,8 @@ def test_memory_is_bounded(large: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=large, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 150
+
+
+def test_as_a_module(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "bnarray", "--version"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"bnarray {bn.__version__}\n", "")

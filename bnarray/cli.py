@@ -171,7 +171,7 @@ def _demo(options: argparse.Namespace) -> None:
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar on a terminal, if the package for it is installed."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():  # None is closed
         yield None
         return
     try:
@@ -304,7 +304,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _cleaning_up():
             options.run(options)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # closed
+                sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

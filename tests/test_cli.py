@@ -293,3 +293,12 @@ def test_memory_is_bounded(large: Path) -> None:
 def test_as_a_module(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "bnarray", "--version"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"bnarray {bn.__version__}\n", "")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(closed: str, folder: Path) -> None:
+    """The work is done all the same."""
+    command = f"{BNARRAY} stats x.npy --out s.npz {closed}"
+    done = subprocess.run(["sh", "-c", command], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert bn.RunningStats.load(folder / "s.npz").count == 5000

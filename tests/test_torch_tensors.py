@@ -301,6 +301,19 @@ def test_only_the_backward_pass_is_intercepted() -> None:
         torch.testing.assert_close(by_hand, expected)
 
 
+def test_second_derivatives_of_operators_are_refused() -> None:
+    flop_counter = pytest.importorskip("torch.utils.flop_counter", reason="modes are not verified")
+    x = torch.randn(20, 3, requires_grad=True)
+    with flop_counter.FlopCounterMode(display=False):
+        (dx,) = torch.autograd.grad((bn.batch_norm(x) ** 3).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            dx.sum().backward()
+        hessian = torch.func.hessian(lambda x: (bn.batch_norm(x) ** 3).sum())(x.detach())
+    torch.testing.assert_close(
+        hessian, torch.func.hessian(lambda x: (bn.batch_norm(x) ** 3).sum())(x.detach()), rtol=1e-5, atol=1e-5
+    )
+
+
 # -- Compilation -------------------------------------------------------------------------------------------------------
 
 

@@ -370,6 +370,16 @@ def _(
     return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean), dresidual
 
 
+def _refuse(ctx: Any, *_: Any) -> tuple[Any, ...]:
+    raise RuntimeError(
+        "the gradient of a call that torch compiles, traces or intercepts cannot be differentiated again; make calls "
+        "whose second derivatives are needed outside, or inside torch.func"
+    )
+
+
+_backward_operator.register_autograd(_refuse)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, residual, where, _, mean, _, *ctx.settings = inputs
     ctx.is_constant = mean is not None

@@ -395,6 +395,16 @@ def test_compiled_with_state(compiled: Any) -> None:
         np.testing.assert_allclose(np.asarray(theirs.var), np.asarray(ours.var), rtol=1e-12)
 
 
+def test_compiled_with_state_where_another_device_is_the_default(run_python: Callable[..., str]) -> None:
+    code = (
+        "import torch, bnarray as bn; x, stats = torch.randn(9, 3), bn.RunningStats(3);"
+        "torch.set_default_device('meta');"
+        "torch.compile(lambda x: bn.batch_norm(x, stats=stats), fullgraph=True, backend='aot_eager')(x);"
+        "print(stats.num_updates)"
+    )
+    assert run_python(code).split() == ["1"]
+
+
 def test_compiled_code_skips_what_it_cannot_refuse(compiled: Any) -> None:
     x, stats = torch.randn(20, 3), bn.RunningStats(3, nonfinite="raise")
     train = compiled(lambda x: bn.batch_norm(x, stats=stats))

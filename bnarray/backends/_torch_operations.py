@@ -434,7 +434,7 @@ _moments_operator.register_autograd(_differentiate_moments, setup_context=_save_
 
 
 # Written to by every update and read by every look at a state, so that compiled code keeps their order.
-_order = torch.zeros(1, dtype=torch.int64)
+_order = torch.zeros(1, dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("bnarray::update", mutates_args={"order"}, device_types=_DEVICES)
@@ -547,7 +547,7 @@ def prepare(stats: RunningStats, count: Any, mean: Tensor, m2: Tensor) -> Callab
             "call stats.update(bnarray.moments(x)) outside"
         )
     # A number stays with the host, which asks for it.
-    count = torch.full((), count, dtype=torch.float64) if is_number(count) else count
+    count = torch.full((), count, dtype=torch.float64, device="cpu") if is_number(count) else count
     return partial(_update_operator, stats.key, _order, count, mean, m2)
 
 

@@ -274,7 +274,7 @@ def of_vector(of_features: Any, x: Tensor, dtype: torch.dtype = torch.float64) -
     if not x.is_cpu:
         return torch.full((), of_features, dtype=dtype, device=x.device)
     if dtype not in _OF_NUMPY:
-        return torch.tensor(of_features, dtype=dtype)
+        return torch.tensor(of_features, dtype=dtype, device="cpu")  # whatever the default
     with np.errstate(all="ignore"):  # beyond a dtype is infinity, or zero
         return torch.from_numpy(np.array(of_features, _OF_NUMPY[dtype]))
 
@@ -324,7 +324,7 @@ _arrays = _again.Library(
     look=_memory,
     place=lambda x: memory.NOWHERE if x is None else x.data_ptr(),
     empty_like=torch.empty_like,
-    empty=torch.empty,
+    empty=partial(torch.empty, device="cpu"),
     is_contiguous=Tensor.is_contiguous,
     is_object=False,
 )

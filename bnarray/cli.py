@@ -204,11 +204,19 @@ def _check_new(path: str | None, force: bool, *others: str | None) -> None:
     check_place(path)
 
 
+def _check_new_stats(path: str | None, force: bool, *others: str | None) -> None:
+    from bnarray.backends import _archive
+
+    _check_new(path, force, *others)
+    if path is not None:
+        _archive.check_format(path)
+
+
 def _normalize(options: argparse.Namespace) -> None:
     from bnarray import files, report
     from bnarray.stats import RunningStats
 
-    _check_new(options.save_stats, options.force, options.src, options.dst, options.where, options.stats)
+    _check_new_stats(options.save_stats, options.force, options.src, options.dst, options.where, options.stats)
     _check_once(options.dst, options.stats)
     if options.save_stats is not None:
         files.check_one_array(options.src, options.member)
@@ -238,8 +246,7 @@ def _normalize(options: argparse.Namespace) -> None:
 def _stats(options: argparse.Namespace) -> None:
     from bnarray import files, report
 
-    for src in options.src:
-        _check_new(options.out, options.force, src)
+    _check_new_stats(options.out, options.force, *options.src)
     with _bar() as progress, _extra("stats", "zarr"):
         found = files.file_moments(
             options.src, axis=options.axis, member=options.member, chunk_mb=options.chunk_mb, progress=progress
@@ -312,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: not what is left to flush either
         return 141
-    except (OSError, ValueError, TypeError, MemoryError) as error:
+    except (OSError, ValueError, TypeError, MemoryError, ImportError) as error:
         print(f"bnarray {options.command}: {_told(error)}", file=sys.stderr)
         return 1
     return 0

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import bnarray as bn
+from bnarray import cli
 
 BNARRAY = str(Path(sys.executable).with_name("bnarray"))
 
@@ -302,3 +303,18 @@ def test_closed_streams(closed: str, folder: Path) -> None:
     done = subprocess.run(["sh", "-c", command], cwd=folder, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert bn.RunningStats.load(folder / "s.npz").count == 5000
+
+
+@pytest.mark.parametrize(
+    "arguments", [("stats", "--out", "s.safetensors"), ("normalize", "y.npy", "--save-stats", "s.safetensors")]
+)
+def test_a_missing_package_is_told_before_the_work(
+    arguments: tuple[str, ...], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert cli.main([arguments[0], "x.npy", *arguments[1:]]) == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert "pip install 'bnarray[safetensors]'" in said.err
+    assert not (folder / "y.npy").exists()

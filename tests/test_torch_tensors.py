@@ -698,6 +698,16 @@ def test_meta_tensors() -> None:
         assert (bn.batch_norm(x, stats=stats, training=False).shape, stats.num_updates) == (x.shape, 0)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors:UserWarning")
+def test_masked_tensors_are_refused() -> None:
+    x = torch.randn(20, 3)
+    masked = torch.masked.masked_tensor(x, x > 0)
+    for arguments, name in [(((masked,), {}), "x"), (((x,), {"residual": masked}), "residual")]:
+        with pytest.raises(TypeError, match=f"{name} is a masked tensor, whose mask would be lost"):
+            bn.batch_norm(*arguments[0], **arguments[1])
+    bn.batch_norm(masked.get_data(), where=masked.get_mask())
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (4, 0), (0, 0, 2)])
 def test_empty(shape: tuple[int, ...]) -> None:
     x = torch.empty(shape, requires_grad=True)

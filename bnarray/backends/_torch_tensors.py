@@ -146,6 +146,11 @@ def _plain(x: Tensor, name: str) -> Tensor:
     """x as its memory has it."""
     if x.is_nested:
         raise TypeError(f"{name} is a nested tensor; it should be one array: pad it, and say by where what counts")
+    if isinstance(x, torch.masked.MaskedTensor):
+        raise TypeError(
+            f"{name} is a masked tensor, whose mask would be lost; pass {name}.get_data(), and of x the mask by "
+            f"where=x.get_mask()"
+        )
     if x.layout is not torch.strided:
         raise TypeError(f"{name} has layout {x.layout}; it should be dense: convert it by {name}.to_dense()")
     if type(x) not in _PLAIN and type(x).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl:

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from bnarray import __version__
+from bnarray.atomic import check_place
 
 _EXIT_CODES = (
     "exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong arguments, 130 interrupted, 141 nobody reads "
@@ -170,7 +171,7 @@ def _demo(options: argparse.Namespace) -> None:
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar on a terminal, if the package for it is installed."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():  # None is closed
         yield None
         return
     try:
@@ -187,22 +188,36 @@ def _bar() -> Iterator[Callable[[int, int], None] | None]:
         yield show
 
 
-def _check_new(path: str | None, force: bool, *others: str | None) -> None:
-    if path is None:
-        return
+def _check_once(path: str, *others: str | None) -> None:
     for other in others:
         if other is not None and os.path.realpath(path) == os.path.realpath(other):
             raise ValueError(f"{path} is named twice; write to another place")
+
+
+def _check_new(path: str | None, force: bool, *others: str | None) -> None:
+    """Raise, before the work is done, if its result cannot have this place."""
+    if path is None:
+        return
+    _check_once(path, *others)
     if os.path.lexists(path) and not force:
         raise FileExistsError(f"{path} exists; name another place, or replace it by force")
+    check_place(path)
+
+
+def _check_new_stats(path: str | None, force: bool, *others: str | None) -> None:
+    from bnarray.backends import _archive
+
+    _check_new(path, force, *others)
+    if path is not None:
+        _archive.check_format(path)
 
 
 def _normalize(options: argparse.Namespace) -> None:
     from bnarray import files, report
     from bnarray.stats import RunningStats
 
-    _check_new(options.save_stats, options.force, options.src, options.dst, options.where, options.stats)
-    _check_new(options.dst, True, options.stats)
+    _check_new_stats(options.save_stats, options.force, options.src, options.dst, options.where, options.stats)
+    _check_once(options.dst, options.stats)
     if options.save_stats is not None:
         files.check_one_array(options.src, options.member)
     given = None if options.stats is None else RunningStats.load(options.stats)
@@ -231,8 +246,7 @@ def _normalize(options: argparse.Namespace) -> None:
 def _stats(options: argparse.Namespace) -> None:
     from bnarray import files, report
 
-    for src in options.src:
-        _check_new(options.out, options.force, src)
+    _check_new_stats(options.out, options.force, *options.src)
     with _bar() as progress, _extra("stats", "zarr"):
         found = files.file_moments(
             options.src, axis=options.axis, member=options.member, chunk_mb=options.chunk_mb, progress=progress
@@ -297,14 +311,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _cleaning_up():
             options.run(options)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # closed
+                sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: not what is left to flush either
         return 141
-    except (OSError, ValueError, TypeError, MemoryError) as error:
+    except (OSError, ValueError, TypeError, MemoryError, ImportError) as error:
         print(f"bnarray {options.command}: {_told(error)}", file=sys.stderr)
         return 1
     return 0

@@ -1,7 +1,7 @@
 """The public functions: validation, and the order of the steps."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import wraps
 from math import isfinite
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -75,6 +75,11 @@ class Saved:
     exchange: Any = None  # with the members of a group
     again: Any = None  # what made the call, if one like it had been made before
     vectors: Any = None
+
+    def __getstate__(self) -> tuple[None, dict[str, Any]]:
+        """Copies and pickles go back without what made the call, which is this process's."""
+        state = {field.name: getattr(self, field.name) for field in fields(self)}
+        return None, {**state, "again": None, "vectors": None}
 
     @property
     def moments(self) -> Moments | None:
@@ -328,7 +333,7 @@ def _backward(
         dresidual = verbs.cast(dy, x.dtype)
         if out is not None and verbs.overlap(out, dresidual):
             dresidual = verbs.copy(dresidual)
-    if verbs.is_traced(x, dy, transform.weight, transform.bias, transform.residual):
+    if verbs.is_traced(x, dy, transform.weight, transform.bias, transform.residual, saved.where):
         gradients = verbs.traced_backward(dy, x, transform, saved.where, saved.is_constant, *_if_given(exchange))
     else:
         gradients = steps.backward(verbs, dy, x, transform, saved.where, saved.is_constant, out, exchange)
@@ -373,10 +378,10 @@ def moments(x: Array, *, axis: int | tuple[int, ...] = 1, where: Array | None = 
         verbs = backend_with(verbs, "x", x, "where", where)
         where = verbs.check_where(x, where)
     if group is not None:
-        if verbs.joins(x):
+        if verbs.joins(x, where):
             raise NotImplementedError("moments over a group have no gradient with respect to x; pass x.detach()")
         group.bind(features_shape(x.shape, kept), kept, _name(x.dtype))
-    elif verbs.is_traced(x):
+    elif verbs.is_traced(x, where):
         return Moments.of(*verbs.traced_moments(x, kept, where))
     count, mean, m2 = steps.moments(verbs, x, kept, where, group)
     _check_count(count, where is not None or group is not None)
@@ -587,7 +592,7 @@ def _forward(call: _Call, exchange: Any) -> tuple[Array, Transform]:
         if isinstance(stats, RunningStats):
             update = verbs.prepare(stats, count, mean, m2)
 
-    arrays = x, weight, bias, residual, *_arrays(stats)
+    arrays = x, weight, bias, residual, where, *_arrays(stats)
     if exchange is None:
         is_followed = verbs.is_traced(*arrays)
     else:

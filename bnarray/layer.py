@@ -6,7 +6,7 @@ from typing import Any
 from bnarray.dispatch import Array, backend, default_backend
 from bnarray.functional import Saved, batch_norm_backward, batch_norm_forward
 from bnarray.layout import kept_axes
-from bnarray.stats import RunningStats, checked_number, explains_momentum
+from bnarray.stats import RunningStats, check_mapping, checked_number, explains_momentum
 
 
 class BatchNorm:
@@ -212,8 +212,12 @@ class BatchNorm:
         KeyError
             If a field is missing.
         TypeError, ValueError
-            If a field has another kind or shape. The layer is then as it was.
+            If a field has another kind or shape, or holds parameters that the layer has not. The layer is then as it
+            was.
         """
+        check_mapping(d)
+        if self.weight is None and (extra := [name for name in ("weight", "bias") if d.get(name) is not None]):
+            raise ValueError(f"the state has {' and '.join(extra)}, and the layer neither; make it with affine=True")
         parameters = {}
         for name in ("weight", "bias") if self.weight is not None else ():
             if name not in d:

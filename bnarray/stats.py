@@ -646,6 +646,7 @@ class RunningStats:
         TypeError, ValueError
             If a field has another kind or shape, or a value that no statistics have. The state is then as it was.
         """
+        check_mapping(d)
         missing = [field for field in _FIELDS if field not in d]
         if missing:
             raise KeyError(f"the state lacks {', '.join(missing)}")
@@ -756,6 +757,12 @@ def checked_number(value: object, name: str, *, most: float | None = None) -> fl
         span = "a finite number >= 0" if most is None else f"from 0 to {most:g}"
         raise ValueError(f"{name} is {value!r}; it should be {span}")
     return number
+
+
+def check_mapping(d: object) -> None:
+    """Raise if what is to be loaded is no mapping."""
+    if not isinstance(d, Mapping):
+        raise TypeError(f"the state is a {type(d).__name__}; it should be a mapping, as state_dict returns it")
 
 
 def _checked_whole(value: object, name: str) -> int:

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from bnarray.backends import _torch_tensors as tensors
-from bnarray.dispatch import backend
+from bnarray.dispatch import backend, meet
 from bnarray.functional import batch_norm, batch_norm_forward
 from bnarray.stats import Moments
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "convert", "revert"]
+
+meet()  # the first call of a module may be one that torch compiles
 
 
 def _track(module: Any, count: int, mean: Any, m2: Any) -> None:
@@ -33,8 +35,8 @@ def _track(module: Any, count: int, mean: Any, m2: Any) -> None:
             stacklevel=5,  # the caller of the module, past torch's two frames
         )
     else:
-        module.num_batches_tracked.add_(1)
-        rate = 1 / float(module.num_batches_tracked) if module.momentum is None else module.momentum
+        number = module.num_batches_tracked
+        rate = _rate(module, None if number is None else float(number.add_(1)))
         for running, new in ((module.running_mean, mean), (module.running_var, m2 / (count - 1))):
             running.lerp_(tensors.of_vector(new, running, running.dtype), rate)
 
@@ -42,12 +44,20 @@ def _track(module: Any, count: int, mean: Any, m2: Any) -> None:
 def _track_unseen(module: Any, mean: Tensor, var: Tensor) -> None:
     """Do so without a look at the values, in functions that torch can compile and transform."""
     is_finite = torch.isfinite(mean).all() & torch.isfinite(var).all()
-    number = module.num_batches_tracked + is_finite
-    rate = 1 / number.clamp(min=1) if module.momentum is None else module.momentum
+    number = None if module.num_batches_tracked is None else module.num_batches_tracked + is_finite
+    rate = _rate(module, None if number is None else number.clamp(min=1).double())
     for running, new in ((module.running_mean, mean), (module.running_var, var)):
         moved = running + rate * (new.detach() - running)
         running.copy_(torch.where(is_finite, moved.to(running.dtype), running))
-    module.num_batches_tracked.copy_(number)
+    if number is not None:
+        module.num_batches_tracked.copy_(number)
+
+
+def _rate(module: Any, number: Any) -> Any:
+    """The weight of the latest of so many batches; torch's where nobody counts them."""
+    if module.momentum is not None:
+        return module.momentum
+    return 0.0 if number is None else 1 / number
 
 
 class _Forward:

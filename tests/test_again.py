@@ -1,5 +1,7 @@
 """Calls like one before: the same bits, the same errors, the same care of state as in the first one."""
 
+import copy
+import pickle
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -401,3 +403,15 @@ def test_a_wrong_out_changes_nothing() -> None:
         with pytest.raises(error, match="out"):
             bn.batch_norm(array, stats=stats, out=out)
     assert _state(stats) == before
+
+
+def test_what_is_saved_can_be_copied() -> None:
+    """By a pickle too: another process goes back from it with the same bits."""
+    x, dy, weight = rng.normal(size=(6, 3)), rng.normal(size=(6, 3)), rng.normal(size=3)
+    for _ in range(2):
+        _, saved = bn.batch_norm_forward(x, weight)
+        expected = bn.batch_norm_backward(dy, saved)
+        for twin in (copy.copy(saved), copy.deepcopy(saved), pickle.loads(pickle.dumps(saved))):
+            for ours, theirs in zip(bn.batch_norm_backward(dy, twin)[:2], expected[:2], strict=True):
+                np.testing.assert_array_equal(ours, theirs)
+    assert saved.again is not None

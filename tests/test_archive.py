@@ -532,3 +532,15 @@ def test_a_layer_through_safetensors(tmp_path: Path) -> None:
         for mode in (False, True, False):
             np.testing.assert_array_equal(again.train(mode)(x), layer.train(mode)(x))
         assert (again.stats.count, again.stats.num_updates) == (layer.stats.count, layer.stats.num_updates) == (32, 4)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here: that one is left alone is not verified")
+def test_what_is_no_file_is_left_alone(tmp_path: Path) -> None:
+    """As root, a device would be replaced by the file."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no regular file"):
+        bn.RunningStats(3).save(tmp_path / "pipe")
+    with pytest.raises(IsADirectoryError, match="name a file in it"):
+        bn.RunningStats(3).save(tmp_path)
+    assert (tmp_path / "pipe").is_fifo()
+    assert [each.name for each in tmp_path.iterdir()] == ["pipe"]

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import bnarray as bn
+from bnarray import cli
 
 BNARRAY = str(Path(sys.executable).with_name("bnarray"))
 
@@ -193,6 +194,9 @@ def test_mistakes_are_one_line(folder: Path) -> None:
         (["x.npy", "new.npy", "--stats", "x.npy"], "holds no statistics"),
         (["x.npy", "new.npy", "--save-stats", "new.npy"], "named twice"),
         (["x.npy", "new.npy", "--save-stats", "y.npy"], "y.npy exists"),
+        (["x.npy", "new.npy", "--save-stats", "no/s.npz"], "there is no such folder"),
+        (["x.npy", "new.npy", "--save-stats", "folder", "--force"], "it is a folder"),
+        (["x.npy", "new.npy", "--save-stats", "pipe.npy", "--force"], "would be replaced by one"),
         (["x.npy", "new.npy", "--dtype", "int8"], "dtype is int8"),
         (["x.npy", "new.npy", "--where", "more.npy"], "does not broadcast"),
     ):
@@ -201,6 +205,7 @@ def test_mistakes_are_one_line(folder: Path) -> None:
         assert said in line
         assert not (folder / "new.npy").exists()
     assert (folder / "y.npy").read_text() == "older"
+    assert (folder / "pipe.npy").is_fifo()
     assert "x.npy is named twice" in _fails("stats", "x.npy", "--out", "x.npy", "--force", cwd=folder)
     for wrong in (["--axis", "a"], ["--chunk-mb", "0"], ["--chunk-mb", "nan"], ["--eps", "x"]):
         done = _bnarray("normalize", "x.npy", "new.npy", *wrong, cwd=folder)
@@ -284,3 +289,32 @@ def test_memory_is_bounded(large: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=large, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 150
+
+
+def test_as_a_module(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "bnarray", "--version"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"bnarray {bn.__version__}\n", "")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(closed: str, folder: Path) -> None:
+    """The work is done all the same."""
+    command = f"{BNARRAY} stats x.npy --out s.npz {closed}"
+    done = subprocess.run(["sh", "-c", command], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert bn.RunningStats.load(folder / "s.npz").count == 5000
+
+
+@pytest.mark.parametrize(
+    "arguments", [("stats", "--out", "s.safetensors"), ("normalize", "y.npy", "--save-stats", "s.safetensors")]
+)
+def test_a_missing_package_is_told_before_the_work(
+    arguments: tuple[str, ...], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert cli.main([arguments[0], "x.npy", *arguments[1:]]) == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert "pip install 'bnarray[safetensors]'" in said.err
+    assert not (folder / "y.npy").exists()

@@ -219,6 +219,8 @@ def test_modules_that_only_look_like_it() -> None:
             bn.convert.from_torch(module)
     with pytest.raises(ValueError, match="lazy"):
         bn.convert.from_torch(torch.nn.LazyBatchNorm2d())
+    with pytest.raises(ValueError, match="on the device meta"):
+        bn.convert.from_torch(torch.nn.BatchNorm2d(2, device="meta"))
     for module in (Named(2), import_module("bnarray.torch").BatchNorm1d(2)):
         assert bn.convert.from_torch(module).stats.num_features == 2
 
@@ -400,6 +402,12 @@ def test_what_flax_means_otherwise() -> None:
     with pytest.raises(ValueError, match=r"axis_name='batch'.*frozen=True"):
         bn.convert.from_flax(spread)
     assert bn.convert.from_flax(spread, frozen=True).stats.update_rate == 0
+
+
+@pytest.mark.parametrize("variables", [{"batch_stats": None}, {"params": 5, "batch_stats": {}}])
+def test_variables_that_flax_never_made(variables: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="should be a mapping of one layer's arrays"):
+        bn.convert.from_flax(variables, eps=1e-5, update_rate=0.1)
 
 
 # -- Haiku -------------------------------------------------------------------------------------------------------------

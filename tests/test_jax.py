@@ -1,10 +1,12 @@
 """JAX arrays: results, transformations, and the traps of a library that aliases, truncates and traces."""
 
 import contextlib
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from tests.cases import OPTIONS, SHAPES, Drawn, Options, draw
 
 jax = pytest.importorskip("jax", reason="that JAX arrays are served is not verified without JAX")
 import jax.numpy as jnp  # noqa: E402
+from jax import export  # noqa: E402
+from jax.experimental import serialize_executable  # noqa: E402
 from jax.test_util import check_grads  # noqa: E402
 
 from bnarray.backends import _xla  # noqa: E402
@@ -433,6 +437,31 @@ def test_refusals() -> None:
         bn.moments(x, where=jnp.full((4, 3), 2e38))
 
 
+def test_without_jit_at_all() -> None:
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(6, 3)), jnp.float32)
+    compiled = jax.grad(lambda x: (bn.batch_norm(x) ** 3).sum())
+    expected = bn.batch_norm(x), compiled(x), bn.moments(x).m2
+    with jax.disable_jit():
+        for found, wanted in zip((bn.batch_norm(x), compiled(x), bn.moments(x).m2), expected, strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "weights"])
+def test_strict_promotion(mask: str) -> None:
+    """Where JAX is told to convert no dtype and no rank unasked."""
+    x, weight = jnp.asarray(np.random.default_rng(4).normal(size=(5, 2)), jnp.float32), jnp.ones(2)
+    where = {"none": None, "bool": x > 0, "weights": (x > 0) * x}[mask]
+
+    def loss(x: Any, weight: Any) -> Any:
+        return (bn.batch_norm(x, weight, where=where, residual=x, activation="relu") ** 2).sum()
+
+    expected = jax.hessian(loss)(x, weight)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        np.testing.assert_array_equal(jax.hessian(loss)(x, weight), expected)
+        jax.jvp(loss, (x, weight), (x, weight))
+        jax.jit(lambda x, stats: stats.updated(bn.moments(x, where=where)))(x, bn.RunningStats(2, like=x))
+
+
 def test_a_failure_in_a_call_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     x = jnp.ones((4, 3)) * 17
     for error in (ValueError("so wrong"), KeyboardInterrupt()):
@@ -665,6 +694,28 @@ def test_in_a_process_of_its_own(run_python: Callable[..., str]) -> None:
         "print('left')"
     )
     assert run_python(code, JAX_ENABLE_X64="1") == "left\n"
+
+
+def test_programs_of_another_process(tmp_path: Path, run_python: Callable[..., str]) -> None:
+    """As docs/libraries.md has it: one call, then what was compiled or exported elsewhere has kernels to call."""
+    x = jnp.arange(12.0, dtype=jnp.float32).reshape(4, 3) ** 2
+    function = jax.jit(jax.grad(lambda x: (bn.batch_norm(x) ** 3)[0].sum()))
+    serialized = serialize_executable.serialize(function.lower(x).compile())
+    (tmp_path / "compiled").write_bytes(pickle.dumps(serialized))
+    allowed = [export.DisabledSafetyCheck.custom_call("bnarray")]
+    (tmp_path / "exported").write_bytes(export.export(function, disabled_checks=allowed)(x).serialize())
+    code = (
+        "import os, pickle, jax, jax.export, jax.numpy as jnp, numpy as np, bnarray as bn\n"
+        "from jax.experimental import serialize_executable\n"
+        "bn.moments(jnp.ones((2, 1)))\n"
+        "read = lambda name: open(os.path.join(os.environ['FOLDER'], name), 'rb').read()\n"
+        "compiled = serialize_executable.deserialize_and_load(*pickle.loads(read('compiled')))\n"
+        "exported = jax.export.deserialize(bytearray(read('exported'))).call\n"
+        "x = jnp.arange(12.0, dtype=jnp.float32).reshape(4, 3) ** 2\n"
+        "print(*(np.asarray(call(x)).tobytes().hex() for call in (compiled, exported)))"
+    )
+    expected = np.asarray(function(x)).tobytes().hex()
+    assert run_python(code, FOLDER=str(tmp_path)).split() == [expected, expected]
 
 
 def test_a_fork_is_left_in_peace(run_python: Callable[..., str]) -> None:

@@ -107,6 +107,12 @@ def test_state_dict(affine: bool) -> None:
             np.testing.assert_array_equal(other.weight, before)
         with pytest.raises(KeyError, match="weight"):
             other.load_state_dict({name: state[name] for name in names})
+        without = bn.BatchNorm(3, affine=False)
+        with pytest.raises(ValueError, match="weight and bias, and the layer neither"):
+            without.load_state_dict(state)
+        assert without.stats.num_updates == 0
+    with pytest.raises(TypeError, match="the state is a NoneType"):
+        other.load_state_dict(None)
 
 
 def test_refuses() -> None:

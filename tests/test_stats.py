@@ -300,6 +300,8 @@ def test_load_state_dict_refuses_and_keeps() -> None:
         assert stats.mean is mean
     with pytest.raises(KeyError, match="running_var, count"):
         stats.load_state_dict({name: good[name] for name in ("running_mean", "num_updates", "num_skipped")})
+    with pytest.raises(TypeError, match="the state is a str"):
+        stats.load_state_dict("running_mean")
 
 
 def test_files_that_are_no_statistics(tmp_path: Path) -> None:

@@ -112,6 +112,32 @@ def test_a_graph_that_is_kept() -> None:
     _assert_same(*results)
 
 
+def test_many_gradients_at_once() -> None:
+    x, many = torch.randn(6, 4, requires_grad=True), torch.randn(3, 6, 4)
+    for _ in range(2):
+        y = bn.batch_norm(x)
+        expected = torch.stack([torch.autograd.grad(y, x, each, retain_graph=True)[0] for each in many])
+        for _ in range(2):
+            (found,) = torch.autograd.grad(y, x, many, retain_graph=True, is_grads_batched=True)
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_where_another_device_is_the_default(dtype: Any) -> None:
+    """What is made on the way is beside x, wherever the user's new tensors go."""
+    x, dy, weight = torch.randn(6, 4), torch.randn(6, 4), torch.randn(4, dtype=dtype)
+    results = []
+    for device in ("cpu", "meta", "meta"):
+        with torch.device(device):
+            y, saved = bn.batch_norm_forward(x, weight)
+            gradients = bn.batch_norm_backward(dy, saved)[:2]
+            by_autograd = torch.autograd.grad(bn.batch_norm(x, weight.requires_grad_()), weight, dy)
+            weight.requires_grad_(False)
+        results.append([y, *gradients, *by_autograd])
+    for each in results[1:]:
+        _assert_same(results[0], each)
+
+
 def test_a_wrong_call_is_told_of_as_the_first_time() -> None:
     x = torch.randn(6, 4)
     bn.batch_norm(x, torch.ones(4))

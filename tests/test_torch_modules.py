@@ -257,6 +257,15 @@ def test_compiled(momentum: float | None) -> None:
     torch._dynamo.reset()
 
 
+def test_first_call_is_compiled(run_python: Callable[..., str]) -> None:
+    code = (
+        "import torch; from torch import nn; from bnarray.torch import convert;"
+        "model = torch.compile(convert(nn.BatchNorm1d(3)), fullgraph=True, backend='aot_eager');"
+        "print(*model(torch.ones(5, 3)).shape)"
+    )
+    assert run_python(code).split() == ["5", "3"]
+
+
 def test_symbolic_trace_takes_the_module_whole() -> None:
     _, ours = _pair()
     x = torch.randn(4, 3, 8, 8)
@@ -320,6 +329,17 @@ def test_without_tracking() -> None:
         module(torch.arange(12.0).view(4, 3))
     _assert_same_state(stopped, theirs)
     assert (stopped.running_mean == 0).all()
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_without_a_number_of_batches(momentum: float | None) -> None:
+    """As modules have it whose buffer was taken away."""
+    x = torch.randn(6, 3)
+    ours, theirs = bt.BatchNorm1d(3, momentum=momentum), torch.nn.BatchNorm1d(3, momentum=momentum)
+    for module in (ours, theirs):
+        module.num_batches_tracked = None
+        module(x)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
 
 
 def test_statistics_far_from_zero() -> None:

@@ -258,6 +258,62 @@ def test_autograd_notices_what_is_overwritten() -> None:
         y.sum().backward()
 
 
+def _pair(x: Tensor) -> Tensor:
+    """A tensor that wraps others, so that it has no memory itself."""
+    two_tensor = pytest.importorskip("torch.testing._internal.two_tensor", reason="wrapping subclasses: not verified")
+    return two_tensor.TwoTensor(x, x.clone())
+
+
+def test_wrapped_beside_plain() -> None:
+    """Whichever argument it is that wraps others, kernels do not look for its memory."""
+    x, each, mask = torch.randn(20, 3), torch.rand(20, 3), torch.rand(20, 3) < 0.7
+    for options in ({"weight": each[0]}, {"bias": each[0]}, {"residual": each}, {"where": mask}):
+        ((name, given),) = options.items()
+        for _ in range(2):
+            y = bn.batch_norm(x, **{name: _pair(given)})
+            torch.testing.assert_close(y.b, bn.batch_norm(x, **options), rtol=0, atol=0)
+    torch.testing.assert_close(bn.moments(x, where=_pair(mask)).m2.a, bn.moments(x, where=mask).m2, rtol=0, atol=0)
+
+
+def test_wrapped_gradient_of_plain() -> None:
+    x, dy, residual = torch.randn(20, 3, requires_grad=True), torch.randn(20, 3), torch.randn(20, 3)
+    for options in ({}, {"residual": residual, "activation": "relu"}):
+        for _ in range(2):
+            y = bn.batch_norm(x, **options)
+            (expected,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+            (found,) = torch.autograd.grad(y, x, _pair(dy))
+            torch.testing.assert_close(found.b, expected)
+            _, saved = bn.batch_norm_forward(x.detach(), **options)
+            torch.testing.assert_close(bn.batch_norm_backward(_pair(dy), saved).x.b, expected)
+
+
+def test_only_the_backward_pass_is_intercepted() -> None:
+    """A mode that counts what torch does, for example, round nothing but the backward pass."""
+    flop_counter = pytest.importorskip("torch.utils.flop_counter", reason="modes are not verified")
+    x, dy = torch.randn(20, 3, requires_grad=True), torch.randn(20, 3)
+    for _ in range(2):
+        y, (_, saved) = bn.batch_norm(x), bn.batch_norm_forward(x.detach())
+        (expected,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+        with flop_counter.FlopCounterMode(display=False):
+            (found,) = torch.autograd.grad(y, x, dy)
+            by_hand = bn.batch_norm_backward(dy, saved).x
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(by_hand, expected)
+
+
+def test_second_derivatives_of_operators_are_refused() -> None:
+    flop_counter = pytest.importorskip("torch.utils.flop_counter", reason="modes are not verified")
+    x = torch.randn(20, 3, requires_grad=True)
+    with flop_counter.FlopCounterMode(display=False):
+        (dx,) = torch.autograd.grad((bn.batch_norm(x) ** 3).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            dx.sum().backward()
+        hessian = torch.func.hessian(lambda x: (bn.batch_norm(x) ** 3).sum())(x.detach())
+    torch.testing.assert_close(
+        hessian, torch.func.hessian(lambda x: (bn.batch_norm(x) ** 3).sum())(x.detach()), rtol=1e-5, atol=1e-5
+    )
+
+
 # -- Compilation -------------------------------------------------------------------------------------------------------
 
 
@@ -337,6 +393,16 @@ def test_compiled_with_state(compiled: Any) -> None:
         assert (theirs.num_updates, third.num_updates) == (4, 1)
         assert float(theirs.count) == float(ours.count)
         np.testing.assert_allclose(np.asarray(theirs.var), np.asarray(ours.var), rtol=1e-12)
+
+
+def test_compiled_with_state_where_another_device_is_the_default(run_python: Callable[..., str]) -> None:
+    code = (
+        "import torch, bnarray as bn; x, stats = torch.randn(9, 3), bn.RunningStats(3);"
+        "torch.set_default_device('meta');"
+        "torch.compile(lambda x: bn.batch_norm(x, stats=stats), fullgraph=True, backend='aot_eager')(x);"
+        "print(stats.num_updates)"
+    )
+    assert run_python(code).split() == ["1"]
 
 
 def test_compiled_code_skips_what_it_cannot_refuse(compiled: Any) -> None:
@@ -430,6 +496,40 @@ def test_operators(dtype: Any) -> None:
     torch.library.opcheck(operations._current_operator, (stats.key, order, [3], torch.device("cpu")))
 
 
+_GIVEN = torch.randn(20, 3)
+
+TRANSFORMED = {
+    "grad": lambda x: torch.func.grad(lambda x: (bn.batch_norm(x) ** 3).sum())(x),
+    "hessian": lambda x: torch.func.hessian(lambda x: (bn.batch_norm(x) ** 3).sum())(x),
+    "jvp": lambda x: torch.func.jvp(lambda x: bn.batch_norm(x, activation="relu"), (x,), (x.sin(),))[1],
+    "moments": lambda x: torch.func.grad(lambda x: bn.moments(x).m2.sum())(x),
+    "vmap": lambda x: torch.func.vmap(lambda s: bn.batch_norm(x * s, where=_GIVEN[:, :1] > 0))(_GIVEN[0]),
+    "by hand": lambda x: torch.func.vmap(
+        lambda s: bn.batch_norm_backward(x.cos(), bn.batch_norm_forward(x * s)[1]).x,
+    )(_GIVEN[0]),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_compiled_transformations(name: str, compiled: Any) -> None:
+    x, function = torch.randn(20, 3), TRANSFORMED[name]
+    torch.testing.assert_close(compiled(function)(x), function(x), rtol=1e-5, atol=1e-5)
+    traced = torch.fx.experimental.proxy_tensor.make_fx(function)(x)
+    torch.testing.assert_close(traced(x), function(x), rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_where_there_are_no_kernels(compiled: Any) -> None:
+    x = torch.empty(20, 3, device="meta", requires_grad=True)
+
+    def step(x: Tensor) -> tuple[Tensor, ...]:
+        y, saved = bn.batch_norm_forward(x.detach())
+        return bn.batch_norm(x), bn.batch_norm_backward(y, saved).x, bn.moments(x).mean
+
+    y, dx, mean = compiled(step)(x)
+    y.sum().backward()
+    assert (y.shape, dx.shape, mean.shape, x.grad.shape) == ((20, 3), (20, 3), (3,), (20, 3))
+
+
 # -- Transformations ---------------------------------------------------------------------------------------------------
 
 
@@ -448,6 +548,24 @@ def test_vmap() -> None:
     weight = weights[0].clone().requires_grad_()
     call(xs[0], weight).pow(2).sum().backward()
     torch.testing.assert_close(per_sample[0], weight.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: options.name)
+def test_many_gradients_at_once(options: Options) -> None:
+    """A graph that eager calls made, gone back through once for a stack of gradients: in both of torch's ways."""
+    call, arguments = _arguments(options)
+    y, many = call(*arguments), _double(4, 6, 3, 4, seed=7).detach()
+
+    def back(dy: Tensor, **keywords: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, arguments, dy, retain_graph=True, **keywords)
+
+    expected = [torch.stack(each) for each in zip(*(back(dy) for dy in many), strict=True)]
+    for found in (
+        back(many, is_grads_batched=True),
+        back(many, is_grads_batched=True, create_graph=True),
+        torch.func.vmap(back)(many),
+    ):
+        torch.testing.assert_close(found, tuple(expected), rtol=1e-10, atol=1e-10)
 
 
 def test_state_under_a_transformation_is_refused() -> None:
@@ -530,6 +648,7 @@ def test_refused() -> None:
         (x.to(torch.complex64), "x has dtype torch.complex64"),
         (x.to_sparse(), "x has layout torch.sparse_coo"),
         (x.to_mkldnn(), "x has layout torch._mkldnn"),
+        (torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged), "x is a nested tensor"),
     ]:
         with pytest.raises(TypeError, match=message):
             bn.batch_norm(wrong)
@@ -573,6 +692,20 @@ def test_meta_tensors() -> None:
     x = torch.empty(2, 3, 4, 5, device="meta").to(memory_format=torch.channels_last)
     y = bn.batch_norm(x, torch.empty(3, device="meta"))
     assert (y.device.type, y.shape, y.dtype) == ("meta", x.shape, x.dtype)
+    for stats in bn.RunningStats(3), bn.RunningStats(3, like=x):
+        with pytest.raises(TypeError, match="no values to update stats with"):
+            bn.batch_norm(x, stats=stats)
+        assert (bn.batch_norm(x, stats=stats, training=False).shape, stats.num_updates) == (x.shape, 0)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors:UserWarning")
+def test_masked_tensors_are_refused() -> None:
+    x = torch.randn(20, 3)
+    masked = torch.masked.masked_tensor(x, x > 0)
+    for arguments, name in [(((masked,), {}), "x"), (((x,), {"residual": masked}), "residual")]:
+        with pytest.raises(TypeError, match=f"{name} is a masked tensor, whose mask would be lost"):
+            bn.batch_norm(*arguments[0], **arguments[1])
+    bn.batch_norm(masked.get_data(), where=masked.get_mask())
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (4, 0), (0, 0, 2)])

@@ -122,6 +122,12 @@ def _container(path: str) -> type[_Npz] | type[_Safetensors]:
     return _Safetensors if path.lower().endswith(".safetensors") else _Npz
 
 
+def check_format(path: str | os.PathLike[str]) -> None:
+    """Raise ImportError if the package is not installed by which a file of this name is written."""
+    if _container(os.fsdecode(path)) is _Safetensors:
+        _safetensors()
+
+
 def write(path: str | os.PathLike[str], arrays: Mapping[str, Any], **settings: Any) -> None:
     """Write arrays and settings beside path, then rename."""
     about = json.dumps({"format": _FORMAT, "version": _VERSION, **settings})

@@ -75,6 +75,15 @@ def _gradients_of_given(sum_dz_x: Any, sum_dz: Any, transform: Transform) -> tup
     return -sum_dz * scale, -0.5 * share * sum_dz_x * invstd * scale
 
 
+def _in_tensors(transform: Transform, x: Tensor) -> Transform:
+    """A transform whose vectors torch follows."""
+    vectors = (None if each is None else verbs.of_vector(each, x) for each in (transform.weight, transform.bias))
+    weight, bias = vectors
+    mean, m2 = verbs.of_vector(transform.mean, x), verbs.of_vector(transform.m2, x)
+    count = transform.count if is_number(transform.count) else verbs.of_vector(transform.count, x)
+    return transform._replace(count=count, mean=mean, m2=m2, weight=weight, bias=bias)
+
+
 # -- Eager -------------------------------------------------------------------------------------------------------------
 
 
@@ -144,13 +153,16 @@ def _by_kernels(
     x, weight, bias, residual, mean, m2 = inputs
     dy = verbs.check(dy, "dy")
     transform = transform._replace(residual=residual)
+    by: Any = verbs
+    if verbs.is_watched(dy):
+        by, transform = plain, _in_tensors(transform, x)
     gradients: list[Any] = [None] * 6
     if 0 in x.shape or needs[0] or (residual is not None and needs[3]) or exchange is not None:
         rest = transform, where, mean is not None, None, exchange
-        dx, sum_dz_x, sum_dz, dz = steps.backward(verbs, dy, x, *rest)
+        dx, sum_dz_x, sum_dz, dz = steps.backward(by, dy, x, *rest)
         gradients[0], gradients[3] = dx, dz
     else:
-        sum_dz, sum_dz_x = verbs.grad_sums(dy, x, transform)
+        sum_dz, sum_dz_x = by.grad_sums(dy, x, transform)
     if weight is not None and needs[1]:
         gradients[1] = verbs.of_vector(sum_dz_x, x, weight.dtype)
     if bias is not None and needs[2]:
@@ -363,6 +375,16 @@ def _(
     return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean), dresidual
 
 
+def _refuse(ctx: Any, *_: Any) -> tuple[Any, ...]:
+    raise RuntimeError(
+        "the gradient of a call that torch compiles, traces or intercepts cannot be differentiated again; make calls "
+        "whose second derivatives are needed outside, or inside torch.func"
+    )
+
+
+_backward_operator.register_autograd(_refuse)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, residual, where, _, mean, _, *ctx.settings = inputs
     ctx.is_constant = mean is not None
@@ -417,7 +439,7 @@ _moments_operator.register_autograd(_differentiate_moments, setup_context=_save_
 
 
 # Written to by every update and read by every look at a state, so that compiled code keeps their order.
-_order = torch.zeros(1, dtype=torch.int64)
+_order = torch.zeros(1, dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("bnarray::update", mutates_args={"order"}, device_types=_DEVICES)
@@ -453,6 +475,11 @@ def _(key: int, order: Tensor, shape: Sequence[int], device: torch.device) -> tu
 # -- What the backend calls --------------------------------------------------------------------------------------------
 
 
+def _has_operators(x: Tensor) -> bool:
+    """Whether a call that is recorded is to be an operator: one with kernels, which no transformation need see into."""
+    return (x.is_cpu or verbs.has_cuda_kernels(x)) and not verbs.is_transformed()
+
+
 def forward(
     x: Tensor,
     weight: Tensor | None,
@@ -465,15 +492,13 @@ def forward(
     relu: bool,
     exchange: steps.Exchange | None = None,
 ) -> tuple[Tensor, Transform]:
-    if not verbs.is_recorded(x):
-        count, mean, m2 = given or (None, None, None)
+    count, mean, m2 = given or (None, None, None)
+    if not verbs.are_recorded(x, weight, bias, residual, where, mean, m2):
         return _apply(x, weight, bias, residual, mean, m2, _Rest(where, count, kept, eps, relu, exchange))  # type: ignore[no-any-return, no-untyped-call]
-    if not (x.is_cpu or verbs.has_cuda_kernels(x)):
+    if not _has_operators(x):
         return _formula(x, weight, bias, residual, where, given, kept, eps, relu)
-    count = mean = m2 = None
-    if given is not None:
-        count, mean, m2 = given
-        count = torch.full_like(mean, count) if is_number(count) else count
+    if given is not None and is_number(given[0]):
+        count = torch.full_like(given[1], given[0])
     y, count, mean, m2 = _forward_operator(x, weight, bias, residual, where, count, mean, m2, list(kept), eps, relu)
     if given is None:
         count = _as_one(count, x, kept, where)
@@ -490,9 +515,9 @@ def _as_one(count: Tensor, x: Tensor, kept: tuple[int, ...], where: Tensor | Non
 
 
 def moments(x: Tensor, kept: tuple[int, ...], where: Tensor | None) -> tuple[Any, Tensor, Tensor]:
-    if not (x.is_cpu or verbs.has_cuda_kernels(x)):
+    if not _has_operators(x):
         return plain.moments(x, kept, where)  # type: ignore[no-any-return]
-    if verbs.is_recorded(x):
+    if verbs.are_recorded(x, where):
         count, mean, m2 = _moments_operator(x, where, list(kept))
     else:
         count, mean, m2 = _Moments.apply(x, where, kept)  # type: ignore[no-untyped-call]
@@ -507,8 +532,11 @@ def backward(
     is_constant: bool,
     exchange: steps.Exchange | None = None,
 ) -> tuple[Tensor, Any, Any, Tensor | None]:
-    if not verbs.is_recorded(x):
+    if not verbs.are_recorded(dy, x, transform.residual, where):
         return _Backward.apply(dy, x, transform, where, is_constant, None, exchange)  # type: ignore[no-any-return, no-untyped-call]
+    transform = _in_tensors(transform, x)
+    if not _has_operators(x):
+        return steps.backward(plain, dy, x, transform, where, is_constant)
     kept, count, mean, m2, eps, weight, bias, relu, residual, _ = transform
     count = torch.full_like(mean, count) if is_number(count) else count.expand(mean.shape)
     rest = weight, bias, residual, where, count, mean, m2, list(kept), eps, relu, is_constant
@@ -524,7 +552,7 @@ def prepare(stats: RunningStats, count: Any, mean: Tensor, m2: Tensor) -> Callab
             "call stats.update(bnarray.moments(x)) outside"
         )
     # A number stays with the host, which asks for it.
-    count = torch.full((), count, dtype=torch.float64) if is_number(count) else count
+    count = torch.full((), count, dtype=torch.float64, device="cpu") if is_number(count) else count
     return partial(_update_operator, stats.key, _order, count, mean, m2)
 
 

@@ -80,6 +80,19 @@ def is_recorded(x: Tensor) -> bool:
     )
 
 
+def are_recorded(*arrays: Any) -> bool:
+    """Whether calls on these are, of which some may be None, or vectors."""
+    return any(isinstance(each, Tensor) and is_recorded(each) for each in arrays)
+
+
+def is_watched(dy: Tensor) -> bool:
+    """Whether torch has to see what is done to a gradient.
+
+    It may also stand for many at once (``is_grads_batched=True``), without memory of its own.
+    """
+    return is_transformed() or is_recorded(dy) or not torch._C._has_storage(dy)
+
+
 def _has_memory(x: Tensor) -> bool:
     """Whether kernels can work on a tensor."""
     return x.is_cpu and not is_recorded(x) and not is_transformed()
@@ -131,6 +144,13 @@ def check(x: Tensor, name: str) -> Tensor:
 
 def _plain(x: Tensor, name: str) -> Tensor:
     """x as its memory has it."""
+    if x.is_nested:
+        raise TypeError(f"{name} is a nested tensor; it should be one array: pad it, and say by where what counts")
+    if isinstance(x, torch.masked.MaskedTensor):
+        raise TypeError(
+            f"{name} is a masked tensor, whose mask would be lost; pass {name}.get_data(), and of x the mask by "
+            f"where=x.get_mask()"
+        )
     if x.layout is not torch.strided:
         raise TypeError(f"{name} has layout {x.layout}; it should be dense: convert it by {name}.to_dense()")
     if type(x) not in _PLAIN and type(x).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl:
@@ -259,7 +279,7 @@ def of_vector(of_features: Any, x: Tensor, dtype: torch.dtype = torch.float64) -
     if not x.is_cpu:
         return torch.full((), of_features, dtype=dtype, device=x.device)
     if dtype not in _OF_NUMPY:
-        return torch.tensor(of_features, dtype=dtype)
+        return torch.tensor(of_features, dtype=dtype, device="cpu")  # whatever the default
     with np.errstate(all="ignore"):  # beyond a dtype is infinity, or zero
         return torch.from_numpy(np.array(of_features, _OF_NUMPY[dtype]))
 
@@ -291,7 +311,7 @@ _NOTHING = (None,)
 
 def signature(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Any, ...] | None:
     """As a verb has it, of tensors that torch need not follow."""
-    if not _has_memory(x) or x.numel() == 0:
+    if x.is_nested or not _has_memory(x) or x.numel() == 0:
         return None
     of_x = _of_memory(x)
     of_weight = _NOTHING if weight is None else _of_memory(weight)
@@ -302,14 +322,14 @@ def signature(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[An
 def signature_of_gradient(dy: Tensor, x: Tensor) -> tuple[Any, ...] | None:
     if type(dy) not in _PLAIN or not _has_memory(dy) or dy.dtype not in _FLOATS or dy.shape != x.shape:
         return None
-    return _of_memory(dy)
+    return _of_memory(dy) if torch._C._has_storage(dy) else None
 
 
 _arrays = _again.Library(
     look=_memory,
     place=lambda x: memory.NOWHERE if x is None else x.data_ptr(),
     empty_like=empty_like,
-    empty=torch.empty,
+    empty=partial(torch.empty, device="cpu"),
     is_contiguous=Tensor.is_contiguous,
     is_object=False,
 )

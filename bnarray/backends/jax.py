@@ -171,7 +171,7 @@ def _y_of(values: Named, moving: Sequence[str], call: Call) -> Callable[..., Arr
         now = values | dict(zip(moving, moved, strict=True))
         if "where" in now:
             x = now["x"]
-            now["x"] = _filled(x, (now["where"] == 0) & ~jnp.isfinite(x))
+            now["x"] = _filled(x, ~now["where"].astype(bool) & ~jnp.isfinite(x))
         return _normalized(now, call)[0]
 
     return y_of
@@ -243,7 +243,9 @@ def _mapped(primitive: Primitive) -> Callable[..., tuple[list[Array], list[int]]
                 array = jnp.moveaxis(array, axis, 0)
                 if name == "where":
                     array = array.reshape(size, *(1,) * (ndim + 1 - array.ndim), *array.shape[1:])
-            elif name != "where":  # which broadcasts by itself
+            elif name == "where":  # which broadcasts by itself
+                array = array.reshape(*(1,) * (ndim + 1 - array.ndim), *array.shape)
+            else:
                 array = jnp.broadcast_to(array, (size, *array.shape))
             moved.append(array)
         inside = call._replace(kept=(0, *(axis + 1 for axis in call.kept)))
@@ -261,7 +263,12 @@ def _varies(aval: Any) -> bool:
 def _primitive(name: str, avals: Any, formula: Any) -> Primitive:
     primitive = Primitive(f"bnarray_{name}")
     primitive.multiple_results = True
-    primitive.def_impl(lambda *operands, **how: _compiled(primitive, tuple(sorted(how.items())))(*operands))
+
+    def apply(*operands: Array, **how: Any) -> list[Array]:
+        with jax.disable_jit(False):  # what it is compiled from is the primitive itself
+            return _compiled(primitive, tuple(sorted(how.items())))(*operands)
+
+    primitive.def_impl(apply)
 
     def checked_avals(*operands: Any, **how: Any) -> list[ShapedArray]:
         if any(map(_varies, operands)):

@@ -9,6 +9,7 @@ from bnarray.backends._again import Training
 from bnarray.backends._torch_tensors import (
     Count,
     Tensor,
+    are_recorded,
     backward,
     cast,
     check,
@@ -40,7 +41,7 @@ from bnarray.backends._torch_tensors import (
     widen,
     zeros,
 )
-from bnarray.backends.generic import array_namespace, namespaces, plain
+from bnarray.backends.generic import array_namespace, namespaces, plain, widest, widest_on
 from bnarray.dispatch import Capabilities
 
 CAPABILITIES = Capabilities(
@@ -53,7 +54,16 @@ CAPABILITIES = Capabilities(
 )
 
 TYPES = torch.Tensor, torch.nn.Parameter
-namespaces.update(dict.fromkeys(TYPES, array_namespace(torch.empty(0))))
+_namespace = array_namespace(torch.empty(0))
+namespaces.update(dict.fromkeys(TYPES, _namespace))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _widest_on(kind: str) -> torch.dtype:
+    return widest_on(_namespace, torch.device(kind))  # type: ignore[no-any-return]
+
+
+widest.update(dict.fromkeys(TYPES, lambda x: _widest_on(x.device.type)))
 
 is_grad_enabled = torch.is_grad_enabled
 
@@ -67,7 +77,7 @@ variance, merge, invstd = plain.variance, plain.merge, plain.invstd
 def is_traced(*arrays: Tensor | None) -> bool:
     x = arrays[0]
     assert x is not None, "x comes first"
-    if is_recorded(x):
+    if are_recorded(*arrays):
         return True
     # Elsewhere, and under a transformation, verbs are made of torch's functions, which torch follows by itself.
     return _is_followed(*arrays) and (x.is_cpu or has_cuda_kernels(x)) and not is_transformed()
@@ -100,7 +110,7 @@ def signature_of_gradient(dy: Any, x: Tensor) -> tuple[Any, ...] | None:
 def joins(*arrays: Tensor | None) -> bool:
     x = arrays[0]
     assert x is not None, "x comes first"
-    if is_recorded(x) or is_transformed():
+    if are_recorded(*arrays) or is_transformed():
         raise NotImplementedError(
             "group is for eager calls: torch.compile, torch.export and torch.func cannot follow one to other "
             "processes; call it where they do not look, for example under torch.compiler.disable"
@@ -110,6 +120,8 @@ def joins(*arrays: Tensor | None) -> bool:
 
 
 def prepare(stats: Any, count: Count, mean: Any, m2: Any) -> Any:
+    if isinstance(mean, Tensor) and mean.is_meta:
+        raise TypeError("x is on the device meta, so that it has no values to update stats with; leave stats out")
     if isinstance(mean, Tensor) and not values_are_known(mean):
         return _torch_operations.prepare(stats, count, mean, m2)
     return stats.prepare(count, mean, m2)

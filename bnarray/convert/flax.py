@@ -102,6 +102,11 @@ def _flat(source: Mapping[str, Any]) -> dict[str, Any]:
     groups = [each for each in ("params", "batch_stats") if each in source]
     if not groups:
         return dict(source)
+    for group in groups:
+        if not isinstance(source[group], Mapping):
+            raise TypeError(
+                f"{group} is a {type(source[group]).__name__}; it should be a mapping of one layer's arrays"
+            )
     return {name: array for group in groups for name, array in source[group].items()}
 
 

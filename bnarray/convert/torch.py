@@ -79,6 +79,10 @@ def _from_module(module: Any, frozen: bool, like: Array | None) -> BatchNorm:
             "module keeps no running statistics (track_running_stats=False), and every BatchNorm does; call "
             "bnarray.batch_norm(x, weight, bias) instead"
         )
+    if getattr(module.running_mean, "is_meta", False):
+        raise ValueError(
+            "module is on the device meta, so that its arrays have no values; call module.to_empty and load"
+        )
     rate = module.momentum
     if rate is None and not frozen:
         raise ValueError(
@@ -116,7 +120,7 @@ def _layer(state: Mapping[str, Any], settings: Settings, frozen: bool, like: Arr
         correction=_CORRECTION,
         frozen=frozen,
         like=like,
-        num_updates=int(state.get("num_batches_tracked", 0)),
+        num_updates=state.get("num_batches_tracked", 0),
         training=training,
     )
 

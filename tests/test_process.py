@@ -424,12 +424,16 @@ def raise_inside_of_calls(number, frame):
     if frame.f_code.co_filename != "<string>":  # this program itself is not what is tested
         raise KeyboardInterrupt
 signal.signal(signal.SIGINT, raise_inside_of_calls)
+started = []
 def interrupt():
+    while not started:
+        time.sleep(0.001)
     while time.monotonic() < end:
         time.sleep(random.random() * 0.004)
         os.kill(os.getpid(), signal.SIGINT)
 thread = threading.Thread(target=interrupt)
 thread.start()
+started.append(True)
 interrupted = 0
 while time.monotonic() < end + 0.1:
     try:

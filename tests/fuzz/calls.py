@@ -548,7 +548,8 @@ def moments_of_parts(r: Random) -> None:
         return
     scale = np.abs(x.astype(np.float64)).max()
     np.testing.assert_allclose(np.broadcast_to(merged.count, whole.mean.shape), whole.count, rtol=1e-12)
-    np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-12, atol=1e-13 * scale)
+    near = 1e-7 if x.dtype.itemsize == 2 else 1e-13  # halves are summed in float32, tile by tile
+    np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-12, atol=near * scale)
     np.testing.assert_allclose(merged.m2, whole.m2, rtol=1e-5, atol=1e-9 * scale**2)
     for correction in (0, 1, 2.5):
         with np.errstate(all="ignore"):
@@ -986,7 +987,8 @@ def files(r: Random) -> None:
     found = bn.file_moments(src, axis=kept)
     native = x.astype(x.dtype.newbyteorder("="))
     expected = bn.moments(native, axis=kept)
-    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-9, atol=1e-9)
+    near = 1e-7 if x.dtype.itemsize == 2 else 1e-9  # as above
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=near, atol=near)
     np.testing.assert_allclose(found.m2, expected.m2, rtol=1e-6, atol=1e-6)
     done = bn.normalize_file(src, dst, axis=kept, eps=0.1, force=True, chunk_mb=r.choice([1, 16, 64]))
     y = np.load(dst)

@@ -70,8 +70,11 @@ def _add(dz_tile, x_tile, rows, columns, like, mean, sum_dz, sum_dz_x):
         for j in range(center.size):
             ga, gb, gc, gd = real(widen(a[j])), real(widen(b[j])), real(widen(c[j])), real(widen(d[j]))
             plain[j] += (ga + gb) + (gc + gd)
-            first = ga * (widen(p[j]) - center[j]) + gb * (widen(q[j]) - center[j])
-            product[j] += first + (gc * (widen(r[j]) - center[j]) + gd * (widen(s[j]) - center[j]))
+            # One by one, so that there is one way to fuse products with sums.
+            summed = product[j] + ga * (widen(p[j]) - center[j])
+            summed += gb * (widen(q[j]) - center[j])
+            summed += gc * (widen(r[j]) - center[j])
+            product[j] = summed + gd * (widen(s[j]) - center[j])
     for row in range(rows - rows % 4, rows):
         a, p = line(dz, down, row, columns, like), line(x, x_down, row, columns, like)
         for j in range(center.size):

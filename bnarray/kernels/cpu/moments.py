@@ -264,10 +264,11 @@ def _sum_one_column(tile, rows, columns, j, like):
     return center, drift, square
 
 
-# As `_fold`, for many features of one count; in two loops, because one over more arrays is not vectorised.
+# As `_fold`, for many features of one count; in two loops, because one over more arrays is not vectorised. (Not
+# `mapping`: which product is fused with a sum would depend on the kernel around.)
 
 
-@mapping
+@machinery
 def _finish(n, center, drift, square, shift):
     """Turn sums of deviations from the center into (offset, m2)."""
     for j in range(drift.size):
@@ -277,7 +278,7 @@ def _finish(n, center, drift, square, shift):
         drift[j] = center[j] - shift[j] + mean_drift
 
 
-@mapping
+@machinery
 def _merge_alike(count, offset, m2, n, other_offset, other_m2):
     for j in range(m2.size):
         _, offset[j], m2[j] = merge_scalars(count, offset[j], m2[j], n, other_offset[j], other_m2[j])

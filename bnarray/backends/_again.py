@@ -8,6 +8,7 @@ On arrays that threads share the work is done kernel by kernel. There a call of 
 to 60 µs (training) more than one like before.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple, TypeAlias
@@ -61,8 +62,8 @@ class _Entry(NamedTuple):
 class _Again:
     """Calls of one signature; `kinds` are those of weight and bias on the sheet."""
 
-    #: Whether threads do not share the work.
-    is_small = True
+    #: Whether one thread does the work.
+    is_small = False
 
     def __init__(self, library: Library, call: Any, kinds: tuple[int, int]) -> None:
         self._library, self._kinds = library, kinds
@@ -96,18 +97,25 @@ class _Again:
         )
 
 
-class Training(_Again):
+class Training(_Again, ABC):
     """Calls that normalise by the batch's own statistics."""
 
-    def __init__(self, library: Library, call: Any, kinds: tuple[int, int], step: Step) -> None:
+    def __init__(self, library: Library, call: Any, kinds: tuple[int, int]) -> None:
         super().__init__(library, call, kinds)
-        self._entry = self._entered(step)
-        self._follow(call)
-        self._back: dict[Any, _Entry | None] = {}
-
-    def _follow(self, call: Any) -> None:
         if call.stats is not None:
             self._rate, self._correction = call.stats.update_rate, call.stats.correction
+
+    @abstractmethod
+    def forward(self, x: Array, weight: Any, bias: Any, stats: RunningStats | None) -> tuple[Array, Vectors] | None:
+        """Return y and the vectors, with `stats` updated."""
+
+    @abstractmethod
+    def backward(self, dy: Array, signature: Any, x: Array, vectors: Vectors) -> tuple[Array, Any, Any] | None:
+        """Return (dx, dweight, dbias), for a gradient that is known to fit; `signature` tells its dtype and strides."""
+
+    def transform(self, vectors: Vectors) -> Transform:
+        """What was done to x."""
+        return self._transform(vectors, self._count)
 
     def _empty_gradients(self) -> tuple[Any, Any]:
         """Memory for dweight and dbias."""
@@ -116,8 +124,38 @@ class Training(_Again):
         dbias = None if bias_dtype is None else self._library.empty(self._features, dtype=bias_dtype)
         return dweight, dbias
 
+    def _exchange(self, stats: RunningStats, state: Any, new: Vectors) -> bool:
+        new.setflags(write=False)
+        mean, var = new if len(self._features) == 1 else new.reshape(2, *self._features)
+        return stats.exchange(state, self._count, mean, var)
+
+
+class Evaluation(_Again, ABC):
+    """Calls that normalise by running statistics."""
+
+    def transform(self, vectors: Vectors) -> Transform:
+        """What was done to x."""
+        return self._transform(vectors, 1)
+
+    @abstractmethod
+    def forward(self, x: Array, weight: Any, bias: Any, stats: RunningStats) -> tuple[Array, Vectors] | None:
+        """Return y and the vectors."""
+
+    def backward(self, dy: Array, signature: Any, x: Array, vectors: Vectors) -> None:
+        """Where statistics were given there is nothing that is done in one go."""
+
+
+class SmallTraining(Training):
+    """Of arrays that one thread is enough for."""
+
+    is_small = True
+
+    def __init__(self, library: Library, call: Any, kinds: tuple[int, int], step: Step) -> None:
+        super().__init__(library, call, kinds)
+        self._entry = self._entered(step)
+        self._back: dict[Any, _Entry | None] = {}
+
     def forward(self, x: Array, weight: Any, bias: Any, stats: RunningStats | None) -> tuple[Array, Vectors] | None:
-        """Return y and the vectors, with `stats` updated."""
         place, entry = self._library.place, self._entry
         y, vectors = self._library.empty_like(x), np.empty((4, self._size))
         if stats is None:
@@ -139,15 +177,6 @@ class Training(_Again):
             return None
         return (y, vectors) if self._exchange(stats, state, new) else None
 
-    def _exchange(self, stats: RunningStats, state: Any, new: Vectors) -> bool:
-        new.setflags(write=False)
-        mean, var = new if len(self._features) == 1 else new.reshape(2, *self._features)
-        return stats.exchange(state, self._count, mean, var)
-
-    def transform(self, vectors: Vectors) -> Transform:
-        """What was done to x."""
-        return self._transform(vectors, self._count)
-
     def _entered_back(self, dy: Array, x: Array) -> _Entry | None:
         seen, seen_dy, like = (self._library.look(each) for each in (x, dy, self._library.empty_like(x)))
         passed = gate.RELU if self._relu else gate.OPEN
@@ -156,7 +185,6 @@ class Training(_Again):
         return step and self._entered(step, seen_dy.kind)
 
     def backward(self, dy: Array, signature: Any, x: Array, vectors: Vectors) -> tuple[Array, Any, Any] | None:
-        """Return (dx, dweight, dbias), for a gradient that is known to fit; `signature` tells its dtype and strides."""
         if signature not in self._back:
             self._back[signature] = self._entered_back(dy, x)
         entry = self._back[signature]
@@ -171,15 +199,16 @@ class Training(_Again):
         return dx, dweight, dbias
 
 
-class Evaluation(_Again):
-    """Calls that normalise by running statistics."""
+class SmallEvaluation(Evaluation):
+    """Of arrays that one thread is enough for."""
+
+    is_small = True
 
     def __init__(self, library: Library, call: Any, kinds: tuple[int, int], step: Step) -> None:
         super().__init__(library, call, kinds)
         self._entry = self._entered(step)
 
     def forward(self, x: Array, weight: Any, bias: Any, stats: RunningStats) -> tuple[Array, Vectors] | None:
-        """Return y and the vectors."""
         mean, var = stats.mean_and_var()
         if type(mean) is not np.ndarray:
             return None
@@ -192,13 +221,6 @@ class Evaluation(_Again):
             return None
         return y, vectors
 
-    def transform(self, vectors: Vectors) -> Transform:
-        """What was done to x."""
-        return self._transform(vectors, 1)
-
-    def backward(self, dy: Array, signature: Any, x: Array, vectors: Vectors) -> None:
-        """Where statistics were given there is nothing that is done in one go."""
-
 
 class _Back(NamedTuple):
     """How a gradient is found: both in one go, or sums and then the gradient."""
@@ -210,17 +232,14 @@ class _Back(NamedTuple):
 
 
 class SharedTraining(Training):
-    """The same, on arrays that threads share."""
-
-    is_small = False
+    """Of arrays that threads share."""
 
     def __init__(
         self, library: Library, call: Any, kinds: tuple[int, int], joint: Step | None, sums: Step, normal: Step
     ) -> None:
-        _Again.__init__(self, library, call, kinds)
+        super().__init__(library, call, kinds)
         self._joint, self._sums, self._normal = joint, sums, normal
         self._on_sheet = self._sheet()
-        self._follow(call)
         self._ways_back: dict[Any, _Back] = {}
 
     def _write(self, x: Memory, y: Memory, vectors: Vectors) -> bool:
@@ -238,7 +257,6 @@ class SharedTraining(Training):
         return self._normal.attempt(owners, *operands, *statistics)
 
     def forward(self, x: Array, weight: Any, bias: Any, stats: RunningStats | None) -> tuple[Array, Vectors] | None:
-        """Return y and the vectors, with `stats` updated."""
         library = self._library
         y, vectors = library.empty_like(x), np.empty((4, self._size))
         whole.begin.call(
@@ -273,7 +291,6 @@ class SharedTraining(Training):
         )
 
     def backward(self, dy: Array, signature: Any, x: Array, vectors: Vectors) -> tuple[Array, Any, Any] | None:
-        """Return (dx, dweight, dbias), for a gradient that is known to fit; `signature` tells its dtype and strides."""
         library = self._library
         if signature not in self._ways_back:
             self._ways_back[signature] = self._way_back(dy, x)
@@ -301,16 +318,13 @@ class SharedTraining(Training):
 
 
 class SharedEvaluation(Evaluation):
-    """The same, on arrays that threads share."""
-
-    is_small = False
+    """Of arrays that threads share."""
 
     def __init__(self, library: Library, call: Any, kinds: tuple[int, int], step: Step) -> None:
-        _Again.__init__(self, library, call, kinds)
+        super().__init__(library, call, kinds)
         self._step, self._on_sheet = step, self._sheet()
 
     def forward(self, x: Array, weight: Any, bias: Any, stats: RunningStats) -> tuple[Array, Vectors] | None:
-        """Return y and the vectors."""
         mean, var = stats.mean_and_var()
         if type(mean) is not np.ndarray:
             return None
@@ -340,12 +354,12 @@ def plan(library: Library, call: Any) -> Training | Evaluation | None:
         return None
     if not call.training:
         step = normalize_step(x.kind, x.shape, call.kept, False, x.strides, y.strides, x.strides)
-        return (Evaluation if is_small else SharedEvaluation)(library, call, (weight, bias), step)
+        return (SmallEvaluation if is_small else SharedEvaluation)(library, call, (weight, bias), step)
     if call.stats is not None and call.stats.update_rate is None:
         return None
     joint = forward_step(x.kind, x.shape, call.kept, x.strides, y.strides)
     if is_small:
-        return joint and Training(library, call, (weight, bias), joint)
+        return joint and SmallTraining(library, call, (weight, bias), joint)
     sums = moments_step(x.kind, x.shape, call.kept, x.strides)
     normal = normalize_step(x.kind, x.shape, call.kept, False, x.strides, y.strides, x.strides)
     return SharedTraining(library, call, (weight, bias), joint, sums, normal)

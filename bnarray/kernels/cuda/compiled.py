@@ -1,11 +1,11 @@
 """Compilation to machine code on first use, through the disk, and launching on a stream of the caller's.
 
-Numba translates a kernel to LTO-IR, which CUDA's own linker (`cuda.core`) turns into machine code for one compute
-capability: both work without a device. A launch then passes plain numbers, because arrays as arguments of Numba's own
-dispatcher cost tens of microseconds each call, and synchronise.
+Numba translates a kernel to LTO-IR, which CUDA's own linker (nvJitLink) turns into machine code for one compute
+capability: both work without a device. A launch (`cuda.core`) then passes plain numbers, because arrays as arguments of
+Numba's own dispatcher cost tens of microseconds each call, and synchronise.
 
-The linker is told not to contract products and sums into fused ones: the bits of a result are those of the formula as
-it is written, whichever compiler translates it.
+The linker is told not to contract products and sums into fused ones, and so is the assembler: the bits of a result are
+those of the formula as it is written, whichever kernel it is part of.
 """
 
 import re
@@ -83,6 +83,27 @@ def _config(blocks: int) -> Any:
     return LaunchConfig(grid=blocks, block=THREADS)
 
 
+def _linked(code: bytes, capability: tuple[int, int]) -> tuple[bytes, str]:
+    """Return the machine code of LTO-IR, and what the assembler said about it.
+
+    By the binding, because `cuda.core.Linker` (1.2) spells ``-fma=0`` in a way that the linker refuses.
+    """
+    from cuda.bindings import nvjitlink
+
+    options = ["-arch=sm_{}{}".format(*capability), "-lto", "-fma=0", "-Xptxas=-fmad=false", "-Xptxas=-v"]
+    linker = nvjitlink.create(len(options), options)
+    try:
+        nvjitlink.add_data(linker, nvjitlink.InputType.LTOIR, code, len(code), "kernel")
+        nvjitlink.complete(linker)
+        linked = bytearray(nvjitlink.get_linked_cubin_size(linker))
+        nvjitlink.get_linked_cubin(linker, linked)
+        log = bytearray(nvjitlink.get_info_log_size(linker))
+        nvjitlink.get_info_log(linker, log)
+    finally:
+        nvjitlink.destroy(linker)
+    return bytes(linked), log.decode()
+
+
 class Kernel:
     """A function with one signature, compiled (or loaded from disk) for each capability when it is first launched.
 
@@ -100,18 +121,12 @@ class Kernel:
 
     def compile(self, capability: tuple[int, int]) -> tuple[bytes, str]:
         """Return the machine code and what the assembler said about it."""
-        from cuda.core import Linker, LinkerOptions, ObjectCode
-
         with _compiling, _row_stack():
             code, _ = cuda.compile(
                 self.function, self.signature, device=False, abi="numba", cc=capability, output="ltoir",
                 launch_bounds=(THREADS, self.blocks),
             )  # fmt: skip
-        options = LinkerOptions(
-            arch="sm_{}{}".format(*capability), link_time_optimization=True, ptxas_options=["-v", "-fmad=false"]
-        )
-        linker = Linker(ObjectCode.from_ltoir(code), options=options)
-        return bytes(linker.link("cubin").code), linker.get_info_log()
+        return _linked(code, capability)
 
     def code(self, capability: tuple[int, int]) -> bytes:
         """Return the machine code, from disk if it is there."""

@@ -71,10 +71,20 @@ def _by_vectors() -> list[Kernel]:
     return made
 
 
+def _sums_by_vectors() -> list[Kernel]:
+    """Some that read 16 bytes at once, and write nothing of that size."""
+    single, half = (SHAPES[0]._replace(width=memory.width_of(kind)) for kind in (memory.FLOAT32, memory.FLOAT16))
+    return [
+        moments.kernel(memory.FLOAT32, None, single),
+        moments.kernel(memory.BFLOAT16, None, half),
+        grad_sums.kernel(memory.FLOAT32, memory.FLOAT32, gate.RELU, single),
+    ]
+
+
 def _of_one_launch() -> list[Kernel]:
-    """Kernels whose blocks wait for one another, in vectors, and one by one where neither neighbours nor dtype help."""
-    first, last = SHAPES[0], SHAPES[1]
-    single, half, brain = (first._replace(width=memory.width_of(kind)) for kind in (2, 0, 1))
+    """Kernels whose blocks wait for one another, in vectors and one by one."""
+    last = SHAPES[1]
+    single, half, brain = (SHAPES[0]._replace(width=memory.width_of(kind)) for kind in (2, 0, 1))
     return [
         forward.kernel(memory.FLOAT32, single),
         forward.kernel(memory.BFLOAT16, brain),
@@ -82,7 +92,6 @@ def _of_one_launch() -> list[Kernel]:
         backward.kernel(memory.FLOAT32, gate.RELU, single),
         backward.kernel(memory.FLOAT16, gate.RELU_ONTO, half),
         backward.kernel(memory.FLOAT32, gate.OPEN, last),
-        backward.kernel(memory.BFLOAT16, gate.RELU, first),
     ]
 
 
@@ -103,7 +112,7 @@ def _cases() -> list[Any]:
     kernels += [running.kernel()]
     cases = [(kernel, CAPABILITIES[i % 3]) for i, kernel in enumerate(kernels)]
     cases += [(kernel, OLDEST) for kernel in (*_kernels(memory.FLOAT16, SHAPES[1])[:5:4], running.kernel())]
-    cases += [(kernel, (9, 0)) for kernel in _by_vectors()]
+    cases += [(kernel, (9, 0)) for kernel in (*_by_vectors(), *_sums_by_vectors())]
     cases += [(kernel, CAPABILITIES[i % 3]) for i, kernel in enumerate(_of_one_launch())]
     return [pytest.param(*case, id="{}-sm_{}{}".format(case[0].name, *case[1])) for case in cases]
 
@@ -184,6 +193,18 @@ def test_vectors_are_accessed_at_once(kernel: Kernel, tmp_path: Path) -> None:
     # What is beyond float32 has a loop of its own, over elements.
     assert any(
         loop and all(".128" in each for each in loop) for loop in accesses if any("STG" in each for each in loop)
+    )
+
+
+@pytest.mark.parametrize("kernel", _sums_by_vectors(), ids=lambda kernel: kernel.name)
+def test_sums_read_vectors_at_once(kernel: Kernel, tmp_path: Path) -> None:
+    if not _DISASSEMBLER.exists():
+        pytest.skip("nvidia-cuda-nvdisasm is not installed; how wide kernels' accesses are is not verified")
+    loops = _loops(_compiled(kernel, (9, 0))[0], tmp_path)
+    single = [loop for loop in loops if not any(each.startswith(("DADD", "DMUL", "DFMA")) for each in loop)]
+    accesses = [[each for each in loop if each.startswith("LDG")] for loop in single if "FADD" in loop]
+    assert any(loop and all(".128" in each for each in loop) for loop in accesses) == (
+        not kernel.name.endswith("apart")
     )
 
 

@@ -21,6 +21,7 @@ from functools import cache
 
 import numpy as np
 
+from bnarray.kernels.cuda import compiled
 from bnarray.kernels.cuda.compiled import IS_SIMULATED, THREADS, cuda, machinery, pointer, types
 
 #: As kernels take it.
@@ -89,11 +90,20 @@ else:
 SHARED, OLDEST = 49152, (8, 0)
 
 
-@cache
 def most_parts(device: int) -> int:
-    """How many blocks may wait for one another: a quarter of what the device, or this part of it, holds at a time."""
-    from cuda.core import Device
+    """How many blocks may wait for one another: a quarter of what the device, or this part of it, holds at a time.
 
+    None, where Numba's dispatcher launches (`compiled`): in one launch it need not find the bits of two.
+    """
+    return 0 if compiled.obstacles else _most_parts(device)
+
+
+@cache
+def _most_parts(device: int) -> int:
+    try:
+        from cuda.core import Device
+    except ImportError:
+        return 0
     if tuple(Device(device).compute_capability) < OLDEST:
         return 0
     about = Device(device).properties

@@ -278,16 +278,16 @@ def _step(x: ndarray) -> tuple[ndarray, ndarray]:
 
 
 def test_a_stream_keeps_its_counters(words: list[ndarray]) -> None:
-    x = cupy.asarray(_drawn(6, 2, 61))
+    x = cupy.asarray(_drawn(2, 1, 61))
     machine.stream().synchronize()
     streams_ = [Stream(), Stream()]
-    for _ in range(3):
+    for _ in range(2):
         for stream in streams_:
             with stream:
-                _step(x)
+                bn.batch_norm(x)
     assert len(words) == 2
     with Device(1):
-        _step(cupy.asarray(_drawn(6, 2, 61)))
+        bn.batch_norm(cupy.asarray(_drawn(2, 1, 61)))
     assert len(words) == 3
     for stream in (*streams_, *machine.streams.values()):
         stream.run_until(stream.given)
@@ -295,28 +295,27 @@ def test_a_stream_keeps_its_counters(words: list[ndarray]) -> None:
 
 
 def test_more_blocks_have_more_counters(words: list[ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bnarray.backends._cuda.FEWEST_WORDS", 8)
+    monkeypatch.setattr("bnarray.backends._cuda.FEWEST_WORDS", 4)
     for features in (1, 2, 5, 4, 1):
-        _step(cupy.asarray(_drawn(6, features, 61)))
-    assert [each.size for each in words] == [8, 16, 32, 64] or len(words) < 5
-    assert len({each.size for each in words}) == len(words)
+        bn.batch_norm(cupy.asarray(_drawn(2, features, 61)))
+    assert [each.size for each in words] == [4, 8, 16]
 
 
 def test_only_so_many_streams_are_kept(words: list[ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
     from bnarray.backends.cupy import _kernels
 
     monkeypatch.setattr("bnarray.backends._cuda.MOST_STREAMS", 3)
-    x = cupy.asarray(_drawn(6, 2, 61))
+    x = cupy.asarray(_drawn(2, 1, 61))
     machine.stream().synchronize()
     for _ in range(5):
         with Stream():
-            _step(x)
+            bn.batch_norm(x)
     assert (len(words), len(_kernels._words)) == (5, 3)
 
 
 def test_streams_of_one_handle_share_no_counters(words: list[ndarray]) -> None:
     """CUDA means another stream in each thread by handle 2."""
-    x = cupy.asarray(_drawn(6, 2, 61))
+    x = cupy.asarray(_drawn(2, 1, 61))
     machine.stream().synchronize()
     stream = Stream()
     stream.ptr = 2
@@ -329,7 +328,7 @@ def test_streams_of_one_handle_share_no_counters(words: list[ndarray]) -> None:
 
 def test_a_capture_has_its_own_counters(words: list[ndarray]) -> None:
     """A replay on one stream runs beside calls on the one that it was captured on."""
-    x = cupy.asarray(_drawn(6, 2, 61))
+    x = cupy.asarray(_drawn(2, 1, 61))
     machine.stream().synchronize()
     with Stream() as stream:
         _step(x)

@@ -77,11 +77,11 @@ def _laid_out(x: np.ndarray, layout: str) -> np.ndarray:
 @pytest.mark.parametrize(
     ("shape", "layout"),
     [
-        ((3, 5, 48), "first"),  # in vectors
+        ((3, 2, 72), "first"),  # in vectors
         ((2, 3, 7, 7), "first"),  # one by one, one chunk
-        ((7, 3, 61), "first"),  # one by one, several chunks, and a tail
+        ((4, 2, 61), "first"),  # one by one, several chunks, and a tail
         ((90, 5), "first"),  # features side by side
-        ((4, 37, 25), "last"),  # more than a warp of them
+        ((2, 37, 9), "last"),  # more than a warp of them
     ],
 )
 def test_one_launch_has_the_bits_of_two(
@@ -90,7 +90,8 @@ def test_one_launch_has_the_bits_of_two(
     rng = np.random.default_rng(len(shape))
     x, dy, onto = (_aligned(_laid_out(each.astype(dtype), layout)) for each in rng.normal(3, 2, (3, *shape)))
     assert [name.partition("_")[0] for name in _both_ways(monkeypatch, x, dy, True)] == ["forward", "backward"]
-    _both_ways(monkeypatch, x, dy, False)
+    if dtype == np.float32:
+        _both_ways(monkeypatch, x, dy, False)
     names = _both_ways(monkeypatch, x, dy, True, onto)
     assert [name.partition("_")[0] for name in names] == ["moments", "merge", "normalize", "backward"]
 
@@ -115,12 +116,12 @@ def test_what_float32_cannot_hold(
 )
 def test_nobody_waits_forever(simulated: object, blocks: int, patience: int, layout: str) -> None:
     """However few blocks a device holds at a time: where siblings cannot begin, those that wait make room for them."""
-    rng, shape = np.random.default_rng(2), (6, 3, 61) if layout == "first" else (2, 3, 50)
+    rng, shape = np.random.default_rng(2), (3, 2, 122) if layout == "first" else (2, 3, 50)
     x, dy = (_aligned(_laid_out(each.astype(np.float32), layout)) for each in rng.normal(3, 2, (2, *shape)))
     expected = _everything(x, dy, True)
     assert room.waits_in_vain == 0
     room.blocks, room.patience = blocks, patience
-    for room.order in range(2):
+    for room.order in range(1, 3):
         for a, b in zip(_everything(x, dy, True), expected, strict=True):
             np.testing.assert_array_equal(a, b)
     if blocks < 8:  # the chunks of a tile, backwards

@@ -198,8 +198,8 @@ def _begin(function: Callable[..., None], number: int, arguments: tuple[Any, ...
     return block
 
 
-def _go_on(block: _Block) -> bool:
-    """Let a block's threads run until all of them are at a barrier, or those that are not sleep; False at the end."""
+def _go_on(block: _Block) -> str:
+    """Let a block's threads run until all of them are at a barrier, or those that are not sleep; return which."""
     sleeping = []
     for thread in block.running:
         given, thread.given = thread.given, ()
@@ -210,23 +210,27 @@ def _go_on(block: _Block) -> bool:
             block.waiting.append(thread)
     if sleeping:
         block.running = sleeping
-        return True
+        return "sleep"
     if block.waiting and len(block.waiting) != compiled.THREADS:
         raise RuntimeError("threads of a block wait for others that have ended")
     block.waiting.sort(key=lambda thread: thread.number)
     block.running, block.waiting = block.waiting, []
-    return bool(block.running)
+    return "sync" if block.running else "end"
 
 
 def _run(function: Callable[..., None], blocks: int, arguments: tuple[Any, ...], places: int) -> None:
     """Run blocks, so many at a time; whoever's turn it is is drawn."""
     draw = np.random.default_rng(blocks + room.order)
-    to_come, running = [int(number) for number in draw.permutation(blocks)], []
+    to_come, running, asleep = [int(number) for number in draw.permutation(blocks)], [], 0
     while to_come or running:
         while to_come and len(running) < places:
             running.append(_begin(function, to_come.pop(), arguments))
         turn = int(draw.integers(len(running)))
-        if not _go_on(running[turn]):
+        state = _go_on(running[turn])
+        asleep = asleep + 1 if state == "sleep" else 0
+        if asleep > 100_000:
+            raise RuntimeError("blocks wait for one another, and none goes on")
+        if state == "end":
             del running[turn]
 
 

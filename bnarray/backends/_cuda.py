@@ -1,10 +1,11 @@
 """The adapter between libraries that hand out memory of CUDA devices and the CUDA kernels.
 
 Arrays come as `Memory`; per-feature vectors are the library's own arrays of float64, contiguous, on the same device.
-Planning is cached per combination of shapes, axes and strides; a pass is two launches, on the library's current stream,
-and nothing waits for them.
+Planning is cached per combination of shapes, axes and strides; a pass is one launch or two (`_together`), on the
+library's current stream, and nothing waits for them.
 """
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import lru_cache, wraps
@@ -12,7 +13,18 @@ from math import ceil, prod
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from bnarray.dispatch import Array, Transform
-from bnarray.kernels.cuda import gate, grad_input, grad_sums, memory, moments, normalize
+from bnarray.kernels.cuda import (
+    backward,
+    forward,
+    gate,
+    grad_input,
+    grad_sums,
+    memory,
+    moments,
+    normalize,
+    stage,
+    together,
+)
 from bnarray.kernels.cuda.compiled import THREADS, Kernel
 from bnarray.kernels.cuda.walk import Shape
 from bnarray.layout import COLUMNS, Axis, broadcast_strides, features_shape, layout
@@ -22,9 +34,7 @@ Strides = tuple[int, ...]
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-# Elements that a block works on, at least, where a feature has so many: 64 of each thread. And the most chunks of a
-# feature, which every block of the second launch merges. Reasoned; no device has judged them yet.
-CHUNK = 16384
+# The most chunks of a feature, which every block of the second launch merges. Reasoned; no device has judged it yet.
 MOST_CHUNKS = 1024
 
 # Features side by side in a block: threads that read together, if memory runs along them.
@@ -32,6 +42,12 @@ WARP = 32
 
 #: Where there is no array.
 NOWHERE = 0
+
+# The handle by which CUDA means another stream in each thread.
+PER_THREAD = 2
+
+# Streams whose counters are kept, and how many of them one has at least.
+MOST_STREAMS, FEWEST_WORDS = 64, 4096
 
 
 class Memory(NamedTuple):
@@ -54,6 +70,9 @@ class Library(Protocol):
 
     def vector(self, shape: tuple[int, ...], like: Array) -> Array:
         """Return new, contiguous memory for float64 numbers; what is made amid a capture belongs to that."""
+
+    def words(self, number: int, like: Array) -> tuple[Array, Any]:
+        """Return new memory for 32-bit integers, which are 0, and its address; as with `vector`, amid a capture."""
 
     def on_device_of(self, x: Array) -> AbstractContextManager[Any]:
         """Make x's device the one on which memory is made and kernels are launched."""
@@ -85,11 +104,17 @@ class Plan(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def plan(
-    shape: tuple[int, ...], kept: tuple[int, ...], guide: tuple[Strides, ...], *strides: Strides, width: int = 1
+    shape: tuple[int, ...],
+    kept: tuple[int, ...],
+    guide: tuple[Strides, ...],
+    *strides: Strides,
+    most: int,
+    width: int = 1,
 ) -> Plan:
     """Cut operands of one non-empty shape; `guide` are strides that the order follows before any operand's.
 
-    Positions are of `width` elements, if all operands have so many together everywhere.
+    A chunk has at most so many elements, as long as there are not more than `MOST_CHUNKS`. Positions are of `width`
+    elements, if all operands have so many together everywhere.
     """
     seen = layout(shape, kept, *guide, *strides)
     still = Axis(1, (0,) * (len(guide) + len(strides)))
@@ -110,7 +135,7 @@ def plan(
     else:
         width = 1
     positions, count = (prod(axis.size for axis in axes) for axes in (reduced, features))
-    chunk = ceil(positions / min(MOST_CHUNKS, ceil(positions * width * across / CHUNK)))
+    chunk = ceil(positions / min(MOST_CHUNKS, ceil(positions * width * across / most)))
     chunks, tiles = ceil(positions / chunk), ceil(count / across)
     axes = *reduced, *features
     step = divmod(THREADS // across, reduced[-1].size)
@@ -138,6 +163,29 @@ def _width(*memories: Memory) -> int:
     return memory.width_of(memories[0].kind) if is_aligned else 1
 
 
+def _sums_width(kind: int) -> int:
+    """How many elements are together in sums. (Float64 is added up one by one.)"""
+    return 1 if kind == memory.FLOAT64 else memory.width_of(kind)
+
+
+def _sums_way(way: Plan, *memories: Memory) -> Plan:
+    """The plan for sums, whose order strides and dtype alone decide, with how elements of a position are read."""
+    is_apart = way.shape.width > 1 and any(each.address % memory.WIDEST for each in memories)
+    return way._replace(shape=way.shape._replace(apart=True)) if is_apart else way
+
+
+def _together(way: Plan, other: Plan, kind: int, device: int) -> bool:
+    """Whether a pass is one launch, in which chunks wait on chip; else it is two. Both have the same bits.
+
+    It is where sums and elements go the same way over memory, elements are at most of 32 bits, vectors are aligned, and
+    the blocks of a tile are at most a quarter of those that the device holds at a time: others wait on other streams.
+    A chunk that is alone in its tile waits for none. Nothing hangs if there are more (`kernels.cuda.together`), but
+    then a block may do the work of many, and no device has told yet where that begins.
+    """
+    is_same = way._replace(steps=()) == other._replace(steps=()) and way.steps[0] == other.steps[0]
+    return is_same and kind != memory.FLOAT64 and not way.shape.apart and way.chunks <= together.most_parts(device)
+
+
 def _gate(transform: Transform) -> int:
     return gate.OPEN if not transform.relu else gate.RELU if transform.residual is None else gate.RELU_ONTO
 
@@ -158,6 +206,8 @@ class Adapter:
 
     def __init__(self, library: Library) -> None:
         self._library = library
+        self._words: dict[tuple[int, int], tuple[int, Any, Array, Any]] = {}
+        self._making = threading.Lock()
 
     # -- How arrays become arguments -----------------------------------------------------------------------------------
 
@@ -169,6 +219,31 @@ class Adapter:
 
     def _vectors(self, number: int, shape: tuple[int, ...], like: Array) -> list[Array]:
         return [self._library.vector(shape, like) for _ in range(number)]
+
+    def _counters(self, way: Plan, x: Array) -> tuple[Array | None, Any]:
+        """Return counters for a launch in which blocks wait for one another, and their address.
+
+        They are 0, and a launch leaves them so: those of a stream, where launches follow one another, are kept, and
+        with them the stream, lest another one has its handle. Captures have their own, and so have the streams that go
+        by one handle in all threads.
+        """
+        if way.chunks == 1:
+            return None, NOWHERE
+        number = together.needed(way.merging_blocks, way.blocks)
+        key = self._library.queue(x)
+        if key[1] == PER_THREAD or self._library.is_capturing(x):
+            return self._library.words(number, x)
+        kept = self._words.get(key)
+        if kept is None or kept[0] < number:
+            number = max(FEWEST_WORDS, 1 << (number - 1).bit_length())
+            words, address = self._library.words(number, x)
+            kept = number, address, words, self._library.stream(x)
+            with self._making:
+                self._words.pop(key, None)
+                while len(self._words) >= MOST_STREAMS:
+                    del self._words[next(iter(self._words))]
+                self._words[key] = kept
+        return kept[2], kept[1]
 
     def _where(self, x: Memory, where: Array) -> Memory:
         seen = self._library.memory(where)
@@ -193,6 +268,7 @@ class Adapter:
     def _find_chunks(self, x: Array, where: Array | None, way: Plan) -> Array:
         seen = self._library.memory(x)
         weights = seen if where is None else self._where(seen, where)
+        way = _sums_way(way, seen)
         kernel = moments.kernel(seen.kind, None if where is None else weights.kind, way.shape)
         partials = self._library.vector((4, way.chunks, way.features), x)
         x_steps, where_steps = way.steps if where is not None else way.steps * 2
@@ -204,7 +280,8 @@ class Adapter:
     def moments(self, x: Array, kept: tuple[int, ...], where: Array | None) -> tuple[Any, Array, Array]:
         seen = self._library.memory(x)
         strides = (seen.strides,) if where is None else (seen.strides, self._where(seen, where).strides)
-        way = plan(seen.shape, kept, (), *strides)
+        most, width = stage.most(seen.kind, 1), _sums_width(seen.kind) if where is None else 1
+        way = plan(seen.shape, kept, (), *strides, most=most, width=width)
         partials = self._find_chunks(x, where, way)
         found = self._vectors(3, features_shape(seen.shape, kept), x)
         addresses = [self._address(each) for each in (partials, *found)]
@@ -216,13 +293,25 @@ class Adapter:
     def forward(
         self, x: Array, kept: tuple[int, ...], eps: float, weight: Array | None, bias: Array | None, relu: bool
     ) -> tuple[int, Array, Array, Array]:
-        seen = self._library.memory(x)
-        sums = plan(seen.shape, kept, (), seen.strides)
-        partials = self._find_chunks(x, None, sums)
-        counts, mean, m2 = self._vectors(3, features_shape(seen.shape, kept), x)
-        transform = Transform(kept, counts, mean, m2, eps, weight, bias, relu, None)
         y = self._library.empty_like(x)
-        self._write_normalized(x, transform, y, partials, sums)
+        seen, result = self._library.memory(x), self._library.memory(y)
+        most = stage.most(seen.kind, 1)
+        sums = plan(seen.shape, kept, (), seen.strides, most=most, width=_sums_width(seen.kind))
+        way = plan(seen.shape, kept, (), seen.strides, result.strides, most=most, width=_width(seen, result))
+        found = counts, mean, m2 = self._vectors(3, features_shape(seen.shape, kept), x)
+        if _together(way, sums, seen.kind, self._library.queue(x)[0]):
+            partials = self._library.vector((4, way.chunks, way.features), x)
+            _, words = self._counters(way, x)
+            self._launch(
+                forward.kernel(seen.kind, way.shape), way.blocks, x,
+                *way.grid, seen.address, way.steps[0], result.address, way.steps[1], int(relu),
+                *(self._address(each) for each in (partials, *found)), *self._parameters(eps, weight, bias),
+                words, together.PATIENCE,
+            )  # fmt: skip
+        else:
+            partials = self._find_chunks(x, None, sums)
+            transform = Transform(kept, counts, mean, m2, eps, weight, bias, relu, None)
+            self._write_normalized(x, transform, y, partials, sums)
         return prod(seen.shape) // sums.features, mean, m2, y
 
     @_on_its_device
@@ -239,7 +328,8 @@ class Adapter:
         seen, result = self._library.memory(x), self._library.memory(y)
         residual = self._library.memory(transform.residual) if onto else seen
         strides = seen.strides, result.strides, residual.strides
-        way = plan(seen.shape, transform.kept, (), *strides, width=_width(seen, result, residual))
+        most, width = stage.most(seen.kind, 1), _width(seen, result, residual)
+        way = plan(seen.shape, transform.kept, (), *strides, most=most, width=width)
         operands = zip((seen, result, residual), way.steps, strict=True)
         self._launch(
             normalize.kernel(seen.kind, onto, merges, way.shape), way.blocks, x,
@@ -250,12 +340,19 @@ class Adapter:
 
     # -- Backward ------------------------------------------------------------------------------------------------------
 
-    def _find_grad_chunks(self, dy: Array, x: Array, transform: Transform) -> tuple[Array, Plan]:
+    def _grad_way(self, dy: Array, x: Array, transform: Transform) -> Plan:
+        seen, gradient = self._library.memory(x), self._library.memory(dy)
+        residual = self._library.memory(transform.residual) if _gate(transform) == gate.RELU_ONTO else seen
+        strides = seen.strides, gradient.strides, residual.strides
+        width = _sums_width(seen.kind) if gradient.kind == seen.kind else 1
+        most = stage.most(seen.kind, 2)
+        return plan(seen.shape, transform.kept, transform.guide or (), *strides, most=most, width=width)
+
+    def _find_grad_chunks(self, dy: Array, x: Array, transform: Transform, way: Plan) -> Array:
         seen, gradient = self._library.memory(x), self._library.memory(dy)
         passes = _gate(transform)
         residual = self._library.memory(transform.residual) if passes == gate.RELU_ONTO else seen
-        strides = seen.strides, gradient.strides, residual.strides
-        way = plan(seen.shape, transform.kept, transform.guide or (), *strides)
+        way = _sums_way(way, seen, gradient, residual)
         partials = self._library.vector((2, way.chunks, way.features), x)
         operands = zip((seen, gradient, residual), way.steps, strict=True)
         self._launch(
@@ -264,11 +361,12 @@ class Adapter:
             *self._statistics(transform), *self._parameters(transform.eps, transform.weight, transform.bias),
             self._address(partials),
         )  # fmt: skip
-        return partials, way
+        return partials
 
     @_on_its_device
     def grad_sums(self, dy: Array, x: Array, transform: Transform) -> tuple[Array, Array]:
-        partials, way = self._find_grad_chunks(dy, x, transform)
+        way = self._grad_way(dy, x, transform)
+        partials = self._find_grad_chunks(dy, x, transform, way)
         count, has_counts, counts, _, m2 = self._statistics(transform)
         sum_dz, sum_dz_x = self._vectors(2, transform.mean.shape, x)
         self._launch(
@@ -288,15 +386,15 @@ class Adapter:
         sums: tuple[Array, Array] | None,
         out: Array | None,
     ) -> tuple[Array, Array | None]:
-        return self._write_grad_input(dy, x, transform, where, sums is None, out, sums or (None, None), None, 0)
+        return self._write_grad_input(dy, x, transform, where, sums is None, out, sums or (None, None), None)
 
     @_on_its_device
     def backward(
         self, dy: Array, x: Array, transform: Transform, where: Array | None, is_constant: bool, out: Array | None
     ) -> tuple[Array, Array, Array, Array | None]:
-        partials, way = self._find_grad_chunks(dy, x, transform)
+        sums_way = self._grad_way(dy, x, transform)
         sum_dz, sum_dz_x = sums = tuple(self._vectors(2, transform.mean.shape, x))
-        dx, dz = self._write_grad_input(dy, x, transform, where, is_constant, out, sums, partials, way.chunks)
+        dx, dz = self._write_grad_input(dy, x, transform, where, is_constant, out, sums, sums_way)
         return dx, sum_dz_x, sum_dz, dz
 
     def _write_grad_input(
@@ -308,10 +406,9 @@ class Adapter:
         is_constant: bool,
         out: Array | None,
         sums: tuple[Any, ...],
-        partials: Array | None,
-        chunks: int,
+        sums_way: Plan | None,
     ) -> tuple[Array, Array | None]:
-        """Write the gradient of x, by the sums that are given, or by what chunks left, which then become the sums."""
+        """Write the gradient of x, by the sums that are given, or by those found on the way that there is for them."""
         dx = self._library.empty_like(x) if out is None else out
         dresidual = None if transform.residual is None else self._library.empty_like(x)
         seen = self._library.memory(x)
@@ -326,16 +423,26 @@ class Adapter:
             statistics, where_kind = grad_input.WEIGHTED, weights.kind
         elif memories[1].kind == seen.kind and where is None:
             width = _width(*memories)
-        strides = [each.strides for each in memories]
-        way = plan(seen.shape, transform.kept, transform.guide or (), *strides, width=width)
+        strides, most = [each.strides for each in memories], stage.most(seen.kind, 2)
+        way = plan(seen.shape, transform.kept, transform.guide or (), *strides, most=most, width=width)
+        operands = zip(memories, way.steps, strict=True)
+        arrays = [each for operand, steps in operands for each in (operand.address, steps)]
+        coefficients = *self._statistics(transform), *self._parameters(transform.eps, transform.weight, transform.bias)
+        found = [self._address(each) for each in sums]
+        may_be_one = statistics == grad_input.BATCH and memories[1].kind == seen.kind
+        if sums_way and may_be_one and _together(way, sums_way, seen.kind, self._library.queue(x)[0]):
+            partials = self._library.vector((2, way.chunks, way.features), x)
+            _, words = self._counters(way, x)
+            del arrays[6:8]  # there are no weights
+            self._launch(
+                backward.kernel(seen.kind, _gate(transform), way.shape), way.blocks, x, *way.grid, *arrays,
+                self._address(partials), *found, *coefficients, words, together.PATIENCE,
+            )  # fmt: skip
+            return dx, dresidual
+        partials = None if sums_way is None else self._find_grad_chunks(dy, x, transform, sums_way)
         kernel = grad_input.kernel(
             seen.kind, memories[1].kind, where_kind, _gate(transform), statistics, partials is not None, way.shape
         )
-        operands = zip(memories, way.steps, strict=True)
-        self._launch(
-            kernel, way.blocks, x, *way.grid,
-            *(each for operand, steps in operands for each in (operand.address, steps)),
-            self._address(partials), chunks, *(self._address(each) for each in sums), *self._statistics(transform),
-            *self._parameters(transform.eps, transform.weight, transform.bias),
-        )  # fmt: skip
+        chunks = 0 if sums_way is None else sums_way.chunks
+        self._launch(kernel, way.blocks, x, *way.grid, *arrays, self._address(partials), chunks, *found, *coefficients)
         return dx, dresidual

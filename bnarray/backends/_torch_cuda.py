@@ -36,6 +36,10 @@ class Library:
     def vector(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         return torch.empty(shape, dtype=torch.float64, device=like.device)
 
+    def words(self, number: int, like: Tensor) -> tuple[Tensor, int]:
+        array = torch.zeros(number, dtype=torch.int32, device=like.device)
+        return array, array.data_ptr()
+
     def on_device_of(self, x: Tensor) -> AbstractContextManager[Any]:
         return _NOTHING if torch.cuda.current_device() == x.device.index else torch.cuda.device(x.device)
 

@@ -69,6 +69,12 @@ class Library:
             )  # for good: nobody tells how long a graph writes there, nor the pool that it does
         return array
 
+    def words(self, number: int, like: ndarray) -> tuple[ndarray, int]:
+        array = cupy.zeros(number, np.uint32)
+        if self.is_capturing(like):
+            self._captured.append(array)
+        return array, array.data.ptr
+
     def on_device_of(self, x: ndarray) -> AbstractContextManager[Any]:
         return _NOTHING if x.data.device_id == cupy.cuda.runtime.getDevice() else x.device
 

@@ -29,6 +29,7 @@ import cupy
 
 import bnarray as bn
 from bnarray.backends import _cuda
+from bnarray.kernels.cuda import memory, stage
 from bnarray.testing import TOLERANCES, assert_close, check_case, reference
 from tests.cases import Options, draw, table
 
@@ -68,9 +69,10 @@ def test_cases_on_cupy(shape: Any, kept: Any, layout: str, dtype: str, options: 
     check_case(make, cupy.asnumpy, case.x, case.dy, kept, relu=case.relu, statistics=case.statistics, **case.call)
 
 
-@pytest.mark.parametrize(
-    "shape", [(32, 64, 56, 56), (1, 1, _cuda.CHUNK * _cuda.MOST_CHUNKS), (3, 1, _cuda.CHUNK * _cuda.MOST_CHUNKS + 1)]
-)
+_MOST = stage.most(memory.FLOAT32, 1) * _cuda.MOST_CHUNKS
+
+
+@pytest.mark.parametrize("shape", [(32, 64, 56, 56), (1, 1, _MOST), (3, 1, _MOST + 1)])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_as_many_chunks_as_there_may_be(shape: tuple[int, ...], channels_last: bool) -> None:
     x, dy = _drawn(*shape), _drawn(*shape, seed=1)
@@ -124,6 +126,152 @@ def test_two_streams_at_once() -> None:
         np.testing.assert_array_equal(y.get(), alone[i % 2])
     np.testing.assert_allclose(shared.mean.get(), expected.mean, rtol=1e-6)
     assert shared.num_updates == 40
+
+
+# -- One launch, in which blocks wait for one another ------------------------------------------------------------------
+#
+# Each test is a process of its own, which is stopped in time: a device that hangs shows as a failure, and does not stop
+# the others.
+
+_TOGETHER = """
+import sys
+import cupy, numpy as np, bnarray as bn
+from bnarray.backends import cupy as backend
+from bnarray.kernels.cuda import memory, stage, together
+
+def drawn(*shape, seed=0, dtype=np.float32, last=False):
+    x = cupy.asarray(np.random.default_rng(seed).normal(3, 2, shape).astype(dtype))
+    return cupy.moveaxis(cupy.ascontiguousarray(cupy.moveaxis(x, 1, -1)), -1, 1) if last else x
+
+def step(x, dy):
+    y, saved = bn.batch_norm_forward(x, activation="relu")
+    return y, saved.moments.mean, saved.moments.m2, *bn.batch_norm_backward(dy, saved)[:1]
+
+def as_two_launches(x, dy):
+    limit, together.most_parts = together.most_parts, lambda device: 0
+    try:
+        return [each.get() for each in step(x, dy)]
+    finally:
+        together.most_parts = limit
+
+def assert_same(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a.get(), b)
+
+def assert_counters_are_0():
+    cupy.cuda.Device().synchronize()
+    for _, _, words, _ in backend._kernels._words.values():
+        assert not words.get().any(), "counters are left behind"
+
+limit = together.most_parts(cupy.cuda.Device().id)
+if not limit:
+    sys.exit("this device has no launches in which blocks wait for one another")
+of_chunk = stage.most(memory.FLOAT32, 2)  # backwards; forwards there are half as many chunks
+"""
+
+
+def _together(code: str, seconds: float = 90) -> None:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _TOGETHER + code],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        pytest.fail(
+            f"not done after {seconds} s: blocks that wait for one another hang, or nearly so; until that is "
+            f"understood, let most_parts in bnarray/kernels/cuda/together.py return 0: every pass is then two launches"
+        )
+    if "has no launches in which" in done.stderr:
+        pytest.skip("the device is too old for launches in which blocks wait for one another; these are not verified")
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_one_launch_has_the_bits_of_two(dtype: str, last: bool) -> None:
+    _together(f"""
+for shape in ((32, 16, 56, 56), (32, 70, 7, 7), (4, 3, 31, 33), (2, 3, 5)):
+    x, dy = (drawn(*shape, seed=seed, dtype="{dtype}", last={last}) for seed in range(2))
+    expected = as_two_launches(x, dy)
+    for _ in range(5):
+        assert_same(step(x, dy), expected)
+assert_counters_are_0()
+""")
+
+
+def test_as_many_blocks_wait_as_may() -> None:
+    """One chunk fewer than the limit, as many, one more (which takes two launches), and many features of each."""
+    _together("""
+for chunks in (limit - 1, limit, limit + 1):
+    for features in (1, 7, 64):
+        x, dy = (drawn(1, features, chunks * of_chunk, seed=seed) for seed in range(2))
+        expected = as_two_launches(x, dy)
+        for _ in range(3):
+            assert_same(step(x, dy), expected)
+assert_counters_are_0()
+""")
+
+
+@pytest.mark.parametrize("streams", [2, 8])
+def test_streams_that_all_wait(streams: int) -> None:
+    """With two they find room side by side; with eight they need not: then some blocks leave their work to others."""
+    _together(f"""
+streams = [cupy.cuda.Stream(non_blocking=True) for _ in range({streams})]
+arrays = [[drawn(1, 16, limit * of_chunk, seed=2 * i + j) for j in range(2)] for i in range(len(streams))]
+expected = [as_two_launches(*each) for each in arrays]
+cupy.cuda.Device().synchronize()
+for _ in range(3):
+    results = [[] for _ in streams]
+    for _ in range(4):
+        for stream, given, result in zip(streams, arrays, results):
+            with stream:
+                result.append(step(*given))
+    cupy.cuda.Device().synchronize()
+    for result, right in zip(results, expected):
+        for each in result:
+            assert_same(each, right)
+assert_counters_are_0()
+""")
+
+
+@pytest.mark.parametrize("patience", [0, 1, 10])
+def test_nobody_has_to_wait(patience: int) -> None:
+    """Blocks that leave at once, or soon, have their chunks done by the last one of the tile."""
+    _together(f"""
+for last in (False, True):
+    x, dy = (drawn(8, 40, 28, 28, seed=seed, last=last) for seed in range(2))
+    expected = as_two_launches(x, dy)
+    together.PATIENCE = {patience}
+    for _ in range(5):
+        assert_same(step(x, dy), expected)
+assert_counters_are_0()
+""")
+
+
+def test_a_replay_beside_calls() -> None:
+    _together("""
+x, dy = (drawn(8, 16, 56, 56, seed=seed) for seed in range(2))
+expected = as_two_launches(x, dy)
+capturing, other = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+cupy.cuda.Device().synchronize()
+with capturing:
+    step(x, dy)
+    capturing.begin_capture()
+    captured = step(x, dy)
+    graph = capturing.end_capture()
+for _ in range(10):
+    with other:
+        graph.launch()
+    with capturing:
+        found = step(x, dy)
+    cupy.cuda.Device().synchronize()
+    assert_same(found, expected)
+    assert_same(captured, expected)
+assert_counters_are_0()
+""")
 
 
 def test_a_captured_step_replays() -> None:
@@ -191,7 +339,7 @@ def test_sanitizer(tool: str) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip(f"compute-sanitizer is not installed; {tool} is not verified")
-    tests = [f"{__file__}::test_cases_on_cupy", f"{__file__}::test_what_is_not_finite"]
+    tests = [f"{__file__}::{name}" for name in ("test_cases_on_cupy", "test_what_is_not_finite")]
     done = subprocess.run(
         [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-x", *tests],
         env=os.environ | {"BNARRAY_GPU_EVERY": "151", "BNARRAY_GPU_POOL": "0"},

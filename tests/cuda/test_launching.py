@@ -2,8 +2,10 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,10 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed; launching
 if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
     pytest.skip("Numba simulates devices here; launching is not verified", allow_module_level=True)
 
-from bnarray.kernels.cuda import compiled, memory, moments
+from cuda import pathfinder
+from cuda.bindings import nvjitlink
+
+from bnarray.kernels.cuda import compiled, memory, moments, streams, together
 from bnarray.kernels.cuda.compiled import Kernel
 from bnarray.kernels.cuda.walk import Shape
 
@@ -67,6 +72,131 @@ def test_a_device_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("cuda.core.Device", DeviceDouble)
     with pytest.raises(RuntimeError, match=r"device 3 has compute capability 7\.0, and kernels need 7\.5 .*NumPy"):
         moments.merge_kernel(SHAPE).launch(3, 0, 1, 1)
+
+
+# -- Where something is missing: Numba's dispatcher --------------------------------------------------------------------
+
+
+class NumbaDouble:
+    """What of numba.cuda a launch takes; it notes what it is asked for. No GPU has any part in it."""
+
+    def __init__(self) -> None:
+        self.compiled: list[Any] = []
+        self.launched: list[Any] = []
+
+    def get_current_device(self) -> Any:
+        return SimpleNamespace(compute_capability=(9, 0))
+
+    def jit(self, signature: Any, **options: Any) -> Callable[..., Any]:
+        self.compiled.append((signature, options))
+        return lambda function: DispatcherDouble(self.launched, function)
+
+    def external_stream(self, handle: int) -> str:
+        return f"stream {handle}"
+
+
+class DispatcherDouble:
+    def __init__(self, launched: list[Any], function: Any) -> None:
+        self._launched, self._function = launched, function
+
+    def __getitem__(self, configuration: Any) -> Callable[..., None]:
+        return lambda *arguments: self._launched.append((configuration, self._function, arguments))
+
+
+class DeviceDouble:
+    def __init__(self, number: int) -> None:
+        self.compute_capability = 9, 0
+
+
+@pytest.fixture
+def numba(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[NumbaDouble]:
+    double = NumbaDouble()
+    compiled._versions.cache_clear()
+    monkeypatch.setenv("BNARRAY_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiled, "cuda", double)
+    monkeypatch.setattr(compiled, "obstacles", [])
+    monkeypatch.setattr("cuda.core.Device", DeviceDouble)
+    yield double
+    compiled._versions.cache_clear()
+
+
+def _lack_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("cuda.core.launch")
+
+
+def _lack_linker(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version() -> None:
+        raise pathfinder.DynamicLibNotFoundError("libnvJitLink.so")
+
+    monkeypatch.setattr(nvjitlink, "version", version)
+
+
+def _refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    def complete(linker: int) -> None:
+        raise nvjitlink.nvJitLinkError(nvjitlink.Result.ERROR_INVALID_INPUT)
+
+    monkeypatch.setattr(nvjitlink, "complete", complete)
+    monkeypatch.setattr(NumbaDouble, "compile", staticmethod(compiled.cuda.compile), raising=False)
+
+
+@pytest.mark.parametrize(
+    ("lack", "why"),
+    [
+        (_lack_core, "cuda-core does not launch kernels"),
+        (_lack_linker, "nvJitLink does not load"),
+        (_refuse, "nvJitLink refuses a kernel"),
+    ],
+)
+def test_numbas_dispatcher_stands_in(
+    lack: Callable[[pytest.MonkeyPatch], None],
+    why: str,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lack(monkeypatch)  # before there is a double for what compiles
+    numba = request.getfixturevalue("numba")
+    moments.merge_kernel.cache_clear()
+    kernel = moments.merge_kernel(SHAPE)
+    with pytest.warns(RuntimeWarning, match=f"launched by Numba's dispatcher, .* because {why}.*pip install"):
+        kernel.launch(0, 17, 5, 1, 2, (3, 4), 0x100)
+    kernel.launch(0, 0, 6, 1, 2, (3, 4), 0x100)  # says nothing more, and compiles nothing
+    moments.merge_kernel.cache_clear()
+    assert numba.compiled == [(kernel.signature, {"launch_bounds": (compiled.THREADS, 4), "lto": False})]
+    assert numba.launched == [
+        ((5, compiled.THREADS, "stream 17"), kernel.function, (1, 2, (3, 4), 0x100)),
+        ((6, compiled.THREADS, 0), kernel.function, (1, 2, (3, 4), 0x100)),
+    ]
+    assert together.most_parts(0) == 0  # two launches a pass from now on
+
+
+def test_streams_wait_by_numbas_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class EventDouble:
+        def record(self, stream: Any) -> None:
+            asked.append(("record", stream))
+
+        def wait(self, stream: Any) -> None:
+            asked.append(("wait", stream))
+
+    double = SimpleNamespace(event=lambda timing: EventDouble(), external_stream=lambda handle: f"stream {handle}")
+    for module in (streams, compiled):
+        monkeypatch.setattr(module, "cuda", double)
+    monkeypatch.delattr("cuda.core.Stream")
+    mark = streams.Mark(0)
+    mark.set(17)
+    mark.await_by(0)
+    assert asked == [("record", "stream 17"), ("wait", 0)]
+
+
+def test_contexts_are_numbas_where_cuda_core_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(compiled, "_contexts", compiled._Contexts())
+    monkeypatch.setattr(compiled, "cuda", SimpleNamespace(select_device=chosen.append))
+    monkeypatch.delattr("cuda.core.Device")
+    compiled.make_current(1)
+    compiled.make_current(1)
+    assert chosen == [1]
 
 
 def test_cupy_is_refused_without_what_compiles_kernels(run_python: Callable[..., str]) -> None:

@@ -1,6 +1,6 @@
 """What an element is shifted and scaled by, in the precision that its loop computes in.
 
-As `kernels.cpu.coefficients`: the mean in three parts, so that float32 can subtract it as exactly as it is known.
+The mean comes in three parts, so that float32 can subtract it as exactly as it is known.
 """
 
 import math

@@ -1,15 +1,20 @@
 """Compilation to machine code on first use, through the disk, and launching on a stream of the caller's.
 
-Numba translates a kernel to LTO-IR, which CUDA's own linker (`cuda.core`) turns into machine code for one compute
-capability: both work without a device. A launch then passes plain numbers, because arrays as arguments of Numba's own
-dispatcher cost tens of microseconds each call, and synchronise.
+Numba translates a kernel to LTO-IR, which CUDA's own linker (nvJitLink) turns into machine code for one compute
+capability: both work without a device. A launch (`cuda.core`) then passes plain numbers, because arrays as arguments of
+Numba's own dispatcher cost tens of microseconds each call, and synchronise.
 
-The linker is told not to contract products and sums into fused ones: the bits of a result are those of the formula as
-it is written, whichever compiler translates it.
+Where `cuda.core` lacks what a launch needs, or the linker is missing or refuses a kernel, Numba's dispatcher compiles
+and launches it: slower by some ten microseconds a call, without the disk, and in two launches a pass, because it fuses
+products and sums as it likes. A warning says so, once.
+
+The linker is told not to contract products and sums into fused ones, and so is the assembler: the bits of a result are
+those of the formula as it is written, whichever kernel it is part of.
 """
 
 import re
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -71,9 +76,23 @@ def machinery(function: Callable[..., Any]) -> Callable[..., Any]:
     return function if IS_SIMULATED else cuda.jit(device=True, inline="always")(function)
 
 
+class LinkError(RuntimeError):
+    """There is no linker, or it does not link a kernel."""
+
+
 @cache
 def _versions() -> str:
-    return " ".join(f"{name} {metadata.version(name)}" for name in ("numba-cuda", "cuda-core", "nvidia-nvjitlink"))
+    """What machine code depends on, besides the sources."""
+    try:
+        from cuda.bindings import nvjitlink
+        from cuda.pathfinder import DynamicLibNotFoundError
+    except ImportError as error:
+        raise LinkError(f"cuda-bindings lacks nvJitLink ({error})") from None
+    try:
+        linker = ".".join(map(str, nvjitlink.version()))
+    except (DynamicLibNotFoundError, nvjitlink.nvJitLinkError) as error:
+        raise LinkError(f"nvJitLink does not load ({error})") from None
+    return f"numba-cuda {metadata.version('numba-cuda')} nvJitLink {linker}"
 
 
 @lru_cache(maxsize=4096)
@@ -81,6 +100,30 @@ def _config(blocks: int) -> Any:
     from cuda.core import LaunchConfig
 
     return LaunchConfig(grid=blocks, block=THREADS)
+
+
+def _linked(code: bytes, capability: tuple[int, int]) -> tuple[bytes, str]:
+    """Return the machine code of LTO-IR, and what the assembler said about it.
+
+    By the binding, because `cuda.core.Linker` (1.2) spells ``-fma=0`` in a way that the linker refuses.
+    """
+    _versions()  # raises if there is no linker
+    from cuda.bindings import nvjitlink
+
+    options = ["-arch=sm_{}{}".format(*capability), "-lto", "-fma=0", "-Xptxas=-fmad=false", "-Xptxas=-v"]
+    linker = nvjitlink.create(len(options), options)
+    try:
+        nvjitlink.add_data(linker, nvjitlink.InputType.LTOIR, code, len(code), "kernel")
+        nvjitlink.complete(linker)
+        linked = bytearray(nvjitlink.get_linked_cubin_size(linker))
+        nvjitlink.get_linked_cubin(linker, linked)
+        log = bytearray(nvjitlink.get_info_log_size(linker))
+        nvjitlink.get_info_log(linker, log)
+    except nvjitlink.nvJitLinkError as error:
+        raise LinkError(f"nvJitLink refuses a kernel ({error})") from None
+    finally:
+        nvjitlink.destroy(linker)
+    return bytes(linked), log.decode()
 
 
 class Kernel:
@@ -100,18 +143,12 @@ class Kernel:
 
     def compile(self, capability: tuple[int, int]) -> tuple[bytes, str]:
         """Return the machine code and what the assembler said about it."""
-        from cuda.core import Linker, LinkerOptions, ObjectCode
-
         with _compiling, _row_stack():
             code, _ = cuda.compile(
                 self.function, self.signature, device=False, abi="numba", cc=capability, output="ltoir",
                 launch_bounds=(THREADS, self.blocks),
             )  # fmt: skip
-        options = LinkerOptions(
-            arch="sm_{}{}".format(*capability), link_time_optimization=True, ptxas_options=["-v", "-fmad=false"]
-        )
-        linker = Linker(ObjectCode.from_ltoir(code), options=options)
-        return bytes(linker.link("cubin").code), linker.get_info_log()
+        return _linked(code, capability)
 
     def code(self, capability: tuple[int, int]) -> bytes:
         """Return the machine code, from disk if it is there."""
@@ -127,22 +164,64 @@ class Kernel:
 
         Arguments are the addresses of arrays, integers and floats; tuples of integers count as their integers.
         """
-        from cuda.core import Stream, launch
-
         if device not in self._loaded:
             self._loaded[device] = self._load(device)
-        launch(Stream.from_handle(stream), _config(blocks), self._loaded[device], *flattened(arguments))
+        self._loaded[device](stream, blocks, arguments)
 
-    def _load(self, device: int) -> Any:
-        from cuda.core import Device, ObjectCode
-
-        major, minor = Device(device).compute_capability
-        obstacle = too_old(device, (major, minor))
-        if obstacle is not None:
-            raise RuntimeError(f"{obstacle}; move the arrays to another device, or to NumPy")
-        code = self.code((major, minor))
+    def _load(self, device: int) -> Callable[[int, int, tuple[Any, ...]], None]:
+        """Return the function that launches on a device."""
+        try:
+            from cuda.core import Device, LaunchConfig, ObjectCode, Stream, launch  # noqa: F401
+        except ImportError as error:
+            return self._dispatched(device, f"cuda-core does not launch kernels ({error})")
+        capability = _capability(device, Device(device).compute_capability)
+        try:
+            code = self.code(capability)
+        except LinkError as error:
+            return self._dispatched(device, str(error))
         (entry,) = entries(code)
-        return ObjectCode.from_cubin(code).get_kernel(entry)
+        kernel = ObjectCode.from_cubin(code).get_kernel(entry)
+        return lambda stream, blocks, arguments: launch(
+            Stream.from_handle(stream), _config(blocks), kernel, *flattened(arguments)
+        )
+
+    def _dispatched(self, device: int, why: str) -> Callable[[int, int, tuple[Any, ...]], None]:
+        _capability(device, cuda.get_current_device().compute_capability)
+        _warn_once(why)
+        with _compiling, _row_stack():
+            dispatcher = cuda.jit(self.signature, launch_bounds=(THREADS, self.blocks), lto=False)(self.function)
+
+        def launch(stream: int, blocks: int, arguments: tuple[Any, ...]) -> None:
+            dispatcher[blocks, THREADS, numba_stream(stream)](*arguments)
+
+        return launch
+
+
+def numba_stream(handle: int) -> Any:
+    return cuda.external_stream(handle) if handle else 0
+
+
+def _capability(device: int, found: Any) -> tuple[int, int]:
+    major, minor = found
+    obstacle = too_old(device, (major, minor))
+    if obstacle is not None:
+        raise RuntimeError(f"{obstacle}; move the arrays to another device, or to NumPy")
+    return major, minor
+
+
+#: Why Numba's dispatcher launches; nothing where it does not.
+obstacles: list[str] = []
+
+
+def _warn_once(why: str) -> None:
+    if not obstacles:
+        warnings.warn(
+            f"CUDA kernels are launched by Numba's dispatcher, which takes longer, because {why}; "
+            f"install the packages anew, for example by pip install -U 'bnarray[cuda13]'",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    obstacles.append(why)
 
 
 class _Contexts(threading.local):
@@ -158,9 +237,12 @@ _contexts = _Contexts()
 def make_current(device: int) -> None:
     """Give this thread the context of a device, once: libraries leave that to their own first call that needs it."""
     if device not in _contexts.devices:
-        from cuda.core import Device
-
-        Device(device).set_current()
+        try:
+            from cuda.core import Device
+        except ImportError:
+            cuda.select_device(device)
+        else:
+            Device(device).set_current()
         _contexts.devices.add(device)
 
 

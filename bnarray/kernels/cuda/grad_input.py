@@ -15,6 +15,7 @@ from functools import cache
 
 import numpy as np
 
+from bnarray.kernels.cuda import memory
 from bnarray.kernels.cuda.coefficients import (
     PARAMETERS,
     STATISTICS,
@@ -30,19 +31,8 @@ from bnarray.kernels.cuda.compiled import THREADS, Kernel, cuda, index, machiner
 from bnarray.kernels.cuda.exact import is_middling
 from bnarray.kernels.cuda.gate import OPEN, RELU_ONTO
 from bnarray.kernels.cuda.grad_sums import adding
-from bnarray.kernels.cuda.memory import (
-    BOOL,
-    FLOAT64,
-    NAMES,
-    POINTERS,
-    each_of,
-    is_by_vectors,
-    load_elements,
-    loader,
-    reader,
-    store_elements,
-    writer,
-)
+from bnarray.kernels.cuda.memory import BOOL, FLOAT64, NAMES, POINTERS, is_by_vectors, loader, reader, writer
+from bnarray.kernels.cuda.stage import loading_staged, slots
 from bnarray.kernels.cuda.walk import grid, place, walk
 
 #: What the statistics were to the elements: constants; their own mean; their weighted mean.
@@ -50,7 +40,7 @@ CONSTANT, BATCH, WEIGHTED = range(3)
 
 
 @cache
-def _step(kind, dy_kind, where_kind, gate, statistics, real, width):
+def _step(kind, dy_kind, where_kind, gate, statistics, real, width, is_staged):
     """Make the function that writes what follows from a position of x and dy to one of dx (and of dresidual).
 
     What the formula does not ask for is not read: the compiler leaves that out.
@@ -98,29 +88,32 @@ def _step(kind, dy_kind, where_kind, gate, statistics, real, width):
     if not is_by_vectors(kind, real, width):
         return by_element if width == 1 else by_turns
 
-    @machinery
-    def element_of(dz, same, again, shared):
-        return write(dz)
-
-    load, store = load_elements(width), store_elements(width)
-    dzs_of, dxs_of, elements = each_of(find_dz, width), each_of(find_dx, width), each_of(element_of, width)
+    load, store = memory.load_elements(width), memory.store_elements(width)
+    load_x, pick, put = loading_staged(width) if is_staged else load, memory.pick, memory.put
 
     @machinery
     def by_vector(x, x_at, dy, dy_at, dx, dx_at, where, w_at, residual, r_at, dresidual, dr_at, shared):
-        values = load(x, x_at)
-        dzs = dzs_of(values, load(dy, dy_at), load(residual, r_at), shared)
+        values = dxs = dzs = load_x(x, x_at)
+        gradients = load_x(dy, dy_at)
+        added = load(residual, r_at) if gate == RELU_ONTO else values
+        for turn in range(width):
+            value = pick(values, turn)
+            dz = find_dz(value, pick(gradients, turn), pick(added, turn), shared)
+            dzs = put(dzs, turn, write(dz))
+            dxs = put(dxs, turn, find_dx(value, dz, zero, shared))
         if gate == RELU_ONTO:
-            store(dresidual, dr_at, elements(dzs, dzs, dzs, shared))
-        store(dx, dx_at, dxs_of(values, dzs, dzs, shared))
+            store(dresidual, dr_at, dzs)
+        store(dx, dx_at, dxs)
 
     return by_vector
 
 
 @cache
-def _loop(kind, dy_kind, where_kind, gate, statistics, shape, real):
+def loop(kind, dy_kind, where_kind, gate, statistics, shape, real, is_staged=False):
     """Make the loop over a thread's part of a chunk."""
     begin, at, onward = walk(shape)
-    step, split = _step(kind, dy_kind, where_kind, gate, statistics, real, shape.width), parts(real)
+    slot, split = slots(shape.width), parts(real)
+    step = _step(kind, dy_kind, where_kind, gate, statistics, real, shape.width, is_staged)
 
     @machinery
     def write(
@@ -131,9 +124,10 @@ def _loop(kind, dy_kind, where_kind, gate, statistics, shape, real):
         center, low, rest = split(mean)
         shared = center, low, rest, real(factor), real(term), real(mean_dz), real(steep)
         times, row, spot = begin(part, chunk, positions, sizes)
-        for _ in range(times):
+        for turn in range(times):
             step(
-                x, x_start + at(row, spot, sizes, x_steps), dy, dy_start + at(row, spot, sizes, dy_steps),
+                x, slot(turn) if is_staged else x_start + at(row, spot, sizes, x_steps),
+                dy, slot(turn) if is_staged else dy_start + at(row, spot, sizes, dy_steps),
                 dx, dx_start + at(row, spot, sizes, dx_steps), where, w_start + at(row, spot, sizes, w_steps),
                 residual, r_start + at(row, spot, sizes, r_steps),
                 dresidual, dr_start + at(row, spot, sizes, dr_steps), shared,
@@ -149,7 +143,7 @@ def kernel(kind, dy_kind, where_kind, gate, statistics, adds, shape):
     feature, start_of = place(shape)
     added = adding(shape)
     case = kind, dy_kind, BOOL if where_kind is None else where_kind, gate, statistics, shape
-    single, double = _loop(*case, np.float32), _loop(*case, np.float64)
+    single, double = loop(*case, np.float32), loop(*case, np.float64)
     may_be_single = kind != FLOAT64 and dy_kind != FLOAT64 and statistics != WEIGHTED
     across, uses_sums = shape.across, statistics != CONSTANT
 

@@ -28,77 +28,107 @@ from bnarray.kernels.cuda.coefficients import (
 from bnarray.kernels.cuda.compiled import THREADS, Kernel, cuda, index, machinery, numbers, types, vector
 from bnarray.kernels.cuda.exact import add, is_middling, product, two_sum, whole
 from bnarray.kernels.cuda.gate import OPEN, RELU_ONTO
-from bnarray.kernels.cuda.memory import FLOAT64, NAMES, POINTERS, loader
+from bnarray.kernels.cuda.memory import FLOAT64, NAMES, POINTERS, all_of, loading, reader
+from bnarray.kernels.cuda.stage import loading_staged, slots
 from bnarray.kernels.cuda.walk import grid, place, walk
 
 
 @cache
-def _loop(kind, dy_kind, gate, shape, real):
+def _loop(kind, dy_kind, gate, shape, real, is_staged=False):
     """Make the loop over a thread's part of a chunk: Σ dz and Σ dz · (x − mean)."""
     begin, at, onward = walk(shape)
     _, start_of = place(shape)
-    load, load_dy, split = loader(kind, real), loader(dy_kind, real), parts(real)
-    zero, is_single = real(0), real is np.float32
+    read, read_dy, split = reader(kind, real), reader(dy_kind, real), parts(real)
+    zero, is_single, width = real(0), real is np.float32, shape.width
+    load = loading_staged(width) if is_staged else loading(shape)
+    slot, load_residual = slots(width), loading(shape)
+
+    @machinery
+    def add_one(element, gradient, added, so_far, shared):
+        plain, plain_low, sloped, sloped_low = so_far
+        center, low, rest, scale, shift = shared
+        dz, value = read_dy(gradient), read(element)
+        if gate != OPEN:
+            z = transformed(value, center, low, rest, scale, shift)
+            if gate == RELU_ONTO:
+                z = z + read(added)
+            dz = zero if z <= zero else dz
+        if is_single:
+            # What subtracting the mean rounds away shows where shares of both signs leave little of the sum.
+            deviation, error = two_sum(value, -center)
+            deviation, error = (deviation, (error - low) - rest) if dz != zero else (zero, zero)
+            plain, plain_low = add(plain, plain_low, dz, zero)
+            share, lost = product(dz, deviation)
+            sloped, sloped_low = add(sloped, sloped_low, share, lost + dz * error)
+        elif dz != zero:
+            plain += dz
+            sloped += dz * (((value - center) - low) - rest)
+        return plain, plain_low, sloped, sloped_low
+
+    add_all = all_of(add_one, width)
+
+    @machinery
+    def add_at_once(x, i, dy, j, residual, k, so_far, shared):
+        values = load(x, i)
+        return add_all(values, load(dy, j), load_residual(residual, k) if gate == RELU_ONTO else values, so_far, shared)
+
+    @machinery
+    def add_by_turns(x, i, dy, j, residual, k, so_far, shared):
+        for turn in range(width):
+            so_far = add_one(x[i + turn], dy[j + turn], residual[k + turn], so_far, shared)
+        return so_far
+
+    # What float32 cannot hold is rare: vectors would double the time to compile.
+    add_position = add_at_once if is_single else add_by_turns
 
     # Loops find their coefficients themselves, so that none are kept for another loop, which is rarely needed.
     @machinery
     def sums(
         c, part, chunk, positions, rows, places, sizes, x, x_steps, dy, dy_steps, residual, r_steps,
-        count, has_counts, counts, mean, m2, eps, has_weight, weight, has_bias, bias,
+        staged, staged_dy, count, has_counts, counts, mean, m2, eps, has_weight, weight, has_bias, bias,
     ):  # fmt: skip
         invstd = invstd_of(count_of(count, has_counts, counts, c), m2[c], eps)
         factor, term = scale_of(invstd, has_weight, weight, c), bias_of(has_bias, bias, c)
         fits = fits_single(mean[c], factor, term)
         center, low, rest = split(mean[c])
-        scale, shift = real(factor), real(term)
+        shared = center, low, rest, real(factor), real(term)
         x_start, dy_start = start_of(c, sizes, x_steps), start_of(c, sizes, dy_steps)
         r_start = start_of(c, sizes, r_steps)
-        plain, plain_low, sloped, sloped_low = zero, zero, zero, zero
+        so_far = zero, zero, zero, zero
         times, row, spot = begin(part, chunk, positions, sizes)
-        for _ in range(times):
-            dz = load_dy(dy, dy_start + at(row, spot, sizes, dy_steps))
-            value = load(x, x_start + at(row, spot, sizes, x_steps))
-            if gate != OPEN:
-                z = transformed(value, center, low, rest, scale, shift)
-                if gate == RELU_ONTO:
-                    z = z + load(residual, r_start + at(row, spot, sizes, r_steps))
-                dz = zero if z <= zero else dz
-            if dz != zero:
-                if is_single:
-                    plain, plain_low = add(plain, plain_low, dz, zero)
-                    # What subtracting the mean rounds away shows where shares of both signs leave little of the sum.
-                    deviation, error = two_sum(value, -center)
-                    share, lost = product(dz, deviation)
-                    sloped, sloped_low = add(sloped, sloped_low, share, lost + dz * ((error - low) - rest))
-                else:
-                    plain += dz
-                    sloped += dz * (((value - center) - low) - rest)
+        for turn in range(times):
+            k = r_start + at(row, spot, sizes, r_steps)
+            if is_staged:
+                so_far = add_position(staged, slot(turn), staged_dy, slot(turn), residual, k, so_far, shared)
+            else:
+                i, j = x_start + at(row, spot, sizes, x_steps), dy_start + at(row, spot, sizes, dy_steps)
+                so_far = add_position(x, i, dy, j, residual, k, so_far, shared)
             row, spot = onward(row, spot, rows, places, sizes)
+        plain, plain_low, sloped, sloped_low = so_far
         return whole(plain, plain_low), whole(sloped, sloped_low), fits
 
     return sums
 
 
 @cache
-def kernel(kind, dy_kind, gate, shape):
-    """Make the kernel that leaves every chunk's Σ dz and Σ dz · (x − mean)."""
-    feature, _ = place(shape)
+def leaving(kind, dy_kind, gate, shape, is_staged=False):
+    """Make the function that leaves a chunk's sums; `staged` and `staged_dy` may hold the chunk's elements."""
     total = summation(shape.across)
-    single = _loop(kind, dy_kind, gate, shape, np.float32)
+    single = _loop(kind, dy_kind, gate, shape, np.float32, is_staged)
     double = _loop(kind, dy_kind, gate, shape, np.float64)
     may_be_single, across = kind != FLOAT64 and dy_kind != FLOAT64, shape.across
 
-    def grad_sums(
+    @machinery
+    def leave_sums(
+        c, part, writes, staged, staged_dy, room,
         chunk, chunks, positions, features, rows, places, sizes, x, x_steps, dy, dy_steps, residual, r_steps,
         count, has_counts, counts, mean, m2, eps, has_weight, weight, has_bias, bias, partials,
     ):  # fmt: skip
-        room = cuda.shared.array(THREADS, types.float64)
-        c, part, writes = feature(chunks, features)
         is_exact = False
         if may_be_single:
             sum_dz, sum_dz_x, fits = single(
                 c, part, chunk, positions, rows, places, sizes, x, x_steps, dy, dy_steps, residual, r_steps,
-                count, has_counts, counts, mean, m2, eps, has_weight, weight, has_bias, bias,
+                staged, staged_dy, count, has_counts, counts, mean, m2, eps, has_weight, weight, has_bias, bias,
             )  # fmt: skip
             sum_dz, sum_dz_x = total(sum_dz, room), total(sum_dz_x, room)
             is_exact = fits and is_middling(sum_dz) and is_middling(sum_dz_x)
@@ -106,12 +136,33 @@ def kernel(kind, dy_kind, gate, shape):
         if not is_exact:
             sum_dz, sum_dz_x, _ = double(
                 c, part, chunk, positions, rows, places, sizes, x, x_steps, dy, dy_steps, residual, r_steps,
-                count, has_counts, counts, mean, m2, eps, has_weight, weight, has_bias, bias,
+                x, dy, count, has_counts, counts, mean, m2, eps, has_weight, weight, has_bias, bias,
             )  # fmt: skip
             sum_dz, sum_dz_x = total(sum_dz, room), total(sum_dz_x, room)
         if writes and cuda.threadIdx.x < across:
             partials[part * features + c] = sum_dz
             partials[(chunks + part) * features + c] = sum_dz_x
+
+    return leave_sums
+
+
+@cache
+def kernel(kind, dy_kind, gate, shape):
+    """Make the kernel that leaves every chunk's Σ dz and Σ dz · (x − mean)."""
+    feature, _ = place(shape)
+    leave_sums = leaving(kind, dy_kind, gate, shape)
+
+    def grad_sums(
+        chunk, chunks, positions, features, rows, places, sizes, x, x_steps, dy, dy_steps, residual, r_steps,
+        count, has_counts, counts, mean, m2, eps, has_weight, weight, has_bias, bias, partials,
+    ):  # fmt: skip
+        room = cuda.shared.array(THREADS, types.float64)
+        c, part, writes = feature(chunks, features)
+        leave_sums(
+            c, part, writes, x, dy, room,
+            chunk, chunks, positions, features, rows, places, sizes, x, x_steps, dy, dy_steps, residual, r_steps,
+            count, has_counts, counts, mean, m2, eps, has_weight, weight, has_bias, bias, partials,
+        )  # fmt: skip
 
     name = f"grad_sums_{gate}_{NAMES[kind]}_{NAMES[dy_kind]}_{shape}"
     steps = numbers(shape.axes)

@@ -1,6 +1,6 @@
 """Elements of any dtype, read as float32 or float64 and written from them."""
 
-from functools import cache
+from functools import cache, reduce
 
 import numpy as np
 
@@ -84,18 +84,23 @@ def loader(kind, real):
 WIDEST = 16
 
 
+#: Bytes of an element.
+SIZES = (2, 2, 4, 8, 1)
+
+
 def width_of(kind: int) -> int:
     """How many elements are in the widest access."""
-    return WIDEST // (2, 2, 4, 8, 1)[kind]
+    return WIDEST // SIZES[kind]
 
 
 if IS_SIMULATED:
-    load_elements = store_elements = None  # the simulator's
+    load_elements = store_elements = pick = put = None  # the simulator's
 else:
     from llvmlite import ir
+    from numba.core import cgutils
     from numba.cuda.extending import intrinsic
 
-    _WORD, _HALF = ir.IntType(32), ir.IntType(16)
+    _LONG, _WORD, _HALF = ir.IntType(64), ir.IntType(32), ir.IntType(16)
     _WORDS = ir.VectorType(_WORD, 4)
 
     def _words_at(context, builder, pointer, i):
@@ -157,6 +162,67 @@ else:
 
         return store
 
+    @intrinsic
+    def pick(typingctx, elements, k):
+        """Return the k-th of a vector's elements, by a shift if a loop over k is not unrolled."""
+        kind, width = elements.dtype, elements.count
+
+        def generate(context, builder, signature, arguments):
+            given, at = arguments
+            if width == 1:
+                return builder.extract_value(given, 0)
+            number = ir.IntType(kind.bitwidth)
+            singles = [builder.bitcast(builder.extract_value(given, i), number) for i in range(width)]
+            singles = [each if number == _LONG else builder.zext(each, _LONG) for each in singles]
+            longs = []
+            for half in (singles[: width // 2], singles[width // 2 :]):
+                shifted = [builder.shl(each, _LONG(i * kind.bitwidth)) for i, each in enumerate(half)]
+                longs.append(reduce(builder.or_, shifted))
+            is_low = builder.icmp_unsigned("<", at, _LONG(width // 2))
+            place = builder.mul(builder.and_(at, _LONG(width // 2 - 1)), _LONG(kind.bitwidth))
+            found = builder.lshr(builder.select(is_low, *longs), place)
+            found = found if kind.bitwidth == 64 else builder.trunc(found, number)
+            return builder.bitcast(found, context.get_value_type(kind))
+
+        return kind(elements, types.int64), generate
+
+    @intrinsic
+    def put(typingctx, elements, k, element):
+        """Return the elements, with another one in place of the k-th; loops over k are unrolled."""
+
+        def generate(context, builder, signature, arguments):
+            given, at, new = arguments
+            room = cgutils.alloca_once_value(builder, given)
+            builder.store(new, builder.gep(room, [_WORD(0), at]))
+            return builder.load(room)
+
+        return elements(elements, types.int64, elements.dtype), generate
+
+
+@cache
+def loading(shape):
+    """Make the function that reads the elements of a position, at once or one by one."""
+    return load_elements(shape.width) if shape.width > 1 and not shape.apart else _one_by_one(shape.width)
+
+
+@cache
+def _one_by_one(width):
+    last = width - 1
+
+    @machinery
+    def one(array, i):
+        return (array[i],)
+
+    if width == 1:
+        return one
+    before = _one_by_one(last)
+
+    @machinery
+    def many(array, i):
+        return before(array, i) + (array[i + last],)  # noqa: RUF005  # Numba unpacks no tuples
+
+    return many
+
 
 def is_by_vectors(kind, real, width):
     """Whether a loop accesses vectors at once: not the one in float64 for what float32 cannot hold, which is rare, and
@@ -165,21 +231,14 @@ def is_by_vectors(kind, real, width):
 
 
 @cache
-def each_of(function, width):
-    """Make the function that applies another to three tuples' elements, in turn, and to what all of them share."""
-    last = width - 1
+def all_of(function, width):
+    """Make the function that adds three tuples' elements, in turn, to what comes of those before."""
+    find = pick
 
     @machinery
-    def of_one(a, b, c, shared):
-        return (function(a[0], b[0], c[0], shared),)
+    def of_all(a, b, c, so_far, shared):
+        for k in range(width):
+            so_far = function(find(a, k), find(b, k), find(c, k), so_far, shared)
+        return so_far
 
-    if width == 1:
-        return of_one
-    before = each_of(function, last)
-
-    @machinery
-    def of_many(a, b, c, shared):
-        one = function(a[last], b[last], c[last], shared)
-        return before(a, b, c, shared) + (one,)  # noqa: RUF005  # Numba unpacks no tuples
-
-    return of_many
+    return of_all

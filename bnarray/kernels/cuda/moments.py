@@ -23,7 +23,8 @@ import numpy as np
 from bnarray.kernels.cuda.block import merging, summation
 from bnarray.kernels.cuda.compiled import THREADS, Kernel, cuda, index, machinery, numbers, types, vector
 from bnarray.kernels.cuda.exact import LARGE, add, is_middling, product, two_sum, whole
-from bnarray.kernels.cuda.memory import BOOL, FLOAT64, NAMES, POINTERS, loader
+from bnarray.kernels.cuda.memory import BOOL, FLOAT64, NAMES, POINTERS, all_of, loader, loading, reader
+from bnarray.kernels.cuda.stage import loading_staged, slots
 from bnarray.kernels.cuda.walk import grid, place, walk
 
 
@@ -38,35 +39,45 @@ def leave(partials, chunks, features, chunk, c, count, shift, offset, m2):
 
 
 @cache
-def _single(kind, shape):
+def single(kind, shape, is_staged=False):
     """Make the loop in float32, over a thread's part of a chunk: Σ (x − shift), and that of squares."""
     begin, at, onward = walk(shape)
-    load = loader(kind, np.float32)
+    slot, read = slots(shape.width), reader(kind, np.float32)
+    load = loading_staged(shape.width) if is_staged else loading(shape)
+
+    @machinery
+    def add_one(element, same, again, so_far, shift):
+        drift, drift_low, square, square_low = so_far
+        deviation, error = two_sum(read(element), -shift)
+        drift, drift_low = add(drift, drift_low, deviation, error)
+        squared, rest = product(deviation, deviation)
+        square, square_low = add(square, square_low, squared, cuda.fma(deviation + deviation, error, rest))
+        return drift, drift_low, square, square_low
+
+    add_all = all_of(add_one, shape.width)
 
     @machinery
     def sums(x, start, shift, part, chunk, positions, rows, places, sizes, steps):
-        drift, drift_low = np.float32(0), np.float32(0)
-        square, square_low = np.float32(0), np.float32(0)
+        so_far = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
         times, row, spot = begin(part, chunk, positions, sizes)
-        for _ in range(times):
-            deviation, error = two_sum(load(x, start + at(row, spot, sizes, steps)), -shift)
-            drift, drift_low = add(drift, drift_low, deviation, error)
-            squared, rest = product(deviation, deviation)
-            square, square_low = add(square, square_low, squared, cuda.fma(deviation + deviation, error, rest))
+        for i in range(times):
+            elements = load(x, slot(i) if is_staged else start + at(row, spot, sizes, steps))
+            so_far = add_all(elements, elements, elements, so_far, shift)
             row, spot = onward(row, spot, rows, places, sizes)
+        drift, drift_low, square, square_low = so_far
         return whole(drift, drift_low), whole(square, square_low)
 
     return sums
 
 
 @cache
-def _double(kind, where_kind, shape):
+def double(kind, where_kind, shape):
     """Make the loops in float64: Σ w and Σ w · x; then, about a center, Σ w · (x − center) and that of squares.
 
     Elements of weight 0 are not looked at, be they NaN.
     """
     begin, at, onward = walk(shape)
-    load, weighted = loader(kind, np.float64), where_kind is not None
+    load, weighted, width = loader(kind, np.float64), where_kind is not None, shape.width
     load_weight = loader(where_kind, np.float64)
 
     @machinery
@@ -74,10 +85,12 @@ def _double(kind, where_kind, shape):
         count, total = np.float64(0), np.float64(0)
         times, row, spot = begin(part, chunk, positions, sizes)
         for _ in range(times):
-            w = load_weight(where, where_start + at(row, spot, sizes, where_steps)) if weighted else np.float64(1)
-            if w != 0:
-                count += w
-                total += w * load(x, start + at(row, spot, sizes, steps))
+            i, k = start + at(row, spot, sizes, steps), where_start + at(row, spot, sizes, where_steps)
+            for turn in range(width):
+                w = load_weight(where, k + turn) if weighted else np.float64(1)
+                if w != 0:
+                    count += w
+                    total += w * load(x, i + turn)
             row, spot = onward(row, spot, rows, places, sizes)
         return count, total
 
@@ -88,11 +101,13 @@ def _double(kind, where_kind, shape):
         drift, square = np.float64(0), np.float64(0)
         times, row, spot = begin(part, chunk, positions, sizes)
         for _ in range(times):
-            w = load_weight(where, where_start + at(row, spot, sizes, where_steps)) if weighted else np.float64(1)
-            if w != 0:
-                deviation = load(x, start + at(row, spot, sizes, steps)) - center
-                drift += w * deviation
-                square += w * deviation * deviation
+            i, k = start + at(row, spot, sizes, steps), where_start + at(row, spot, sizes, where_steps)
+            for turn in range(width):
+                w = load_weight(where, k + turn) if weighted else np.float64(1)
+                if w != 0:
+                    deviation = load(x, i + turn) - center
+                    drift += w * deviation
+                    square += w * deviation * deviation
             row, spot = onward(row, spot, rows, places, sizes)
         return drift, square
 
@@ -100,48 +115,66 @@ def _double(kind, where_kind, shape):
 
 
 @cache
-def kernel(kind, where_kind, shape):
-    """Make the kernel that leaves every chunk's (count, shift, offset, m2); `where_kind` is None without weights."""
-    feature, start_of = place(shape)
+def leaving(kind, where_kind, shape, is_staged=False):
+    """Make the function that leaves a chunk's (count, shift, offset, m2); `staged` may hold the chunk's elements."""
     _, at, _ = walk(shape)
     total = summation(shape.across)
-    sums = _single(kind, shape)
-    means, deviations = _double(kind, where_kind, shape)
+    sums = single(kind, shape, is_staged)
+    means, deviations = double(kind, where_kind, shape)
     load = loader(kind, np.float32)
     in_single = kind != FLOAT64 and where_kind is None
+    across, inner, width = shape.across, shape.outer, shape.width
 
-    def moments(chunk, chunks, positions, features, rows, places, sizes, x, steps, where, where_steps, partials):
-        room = cuda.shared.array(THREADS, types.float64)
-        c, part, writes = feature(chunks, features)
-        writes = writes and cuda.threadIdx.x < shape_across
-        start, where_start = start_of(c, sizes, steps), start_of(c, sizes, where_steps)
+    @machinery
+    def leave_moments(
+        c, part, writes, start, where_start, staged, room,
+        chunk, chunks, positions, features, rows, places, sizes, x, steps, where, where_steps, partials,
+    ):  # fmt: skip
+        writes = writes and cuda.threadIdx.x < across
+        is_exact = False
         if in_single:
             first = part * chunk
             row = first // sizes[inner]
             shift = load(x, start + at(row, first - row * sizes[inner], sizes, steps))
-            drift, square = sums(x, start, shift, part, chunk, positions, rows, places, sizes, steps)
+            drift, square = sums(staged, start, shift, part, chunk, positions, rows, places, sizes, steps)
             drift, square = total(drift, room), total(square, room)
-            count = np.float64(min(chunk, positions - first))
+            count = np.float64(min(chunk, positions - first) * width)
             is_exact = is_middling(square) and abs(drift) < LARGE and (square != 0 or drift == 0)
-            if not cuda.syncthreads_or(np.int32(not is_exact)):
-                if writes:
-                    m2 = square - drift * drift / count
-                    leave(partials, chunks, features, part, c, count, np.float64(shift), drift / count, m2)
-                return
-        count, center = means(
-            x, where, start, where_start, part, chunk, positions, rows, places, sizes, steps, where_steps
-        )
-        count, center = total(count, room), total(center, room)
-        center = center / count if count != 0 else 0.0
-        drift, square = deviations(
-            x, where, start, where_start, center, part, chunk, positions, rows, places, sizes, steps, where_steps
-        )
-        drift, square = total(drift, room), total(square, room)
-        if writes:
-            offset, m2 = (drift / count, square - drift * drift / count) if count != 0 else (0.0, 0.0)
-            leave(partials, chunks, features, part, c, count, center, offset, m2)
+            is_exact = not cuda.syncthreads_or(np.int32(not is_exact))
+            if is_exact and writes:
+                m2 = square - drift * drift / count
+                leave(partials, chunks, features, part, c, count, np.float64(shift), drift / count, m2)
+        if not is_exact:
+            count, center = means(
+                x, where, start, where_start, part, chunk, positions, rows, places, sizes, steps, where_steps
+            )
+            count, center = total(count, room), total(center, room)
+            center = center / count if count != 0 else 0.0
+            drift, square = deviations(
+                x, where, start, where_start, center, part, chunk, positions, rows, places, sizes, steps, where_steps
+            )
+            drift, square = total(drift, room), total(square, room)
+            if writes:
+                offset, m2 = (drift / count, square - drift * drift / count) if count != 0 else (0.0, 0.0)
+                leave(partials, chunks, features, part, c, count, center, offset, m2)
 
-    shape_across, inner = shape.across, shape.outer
+    return leave_moments
+
+
+@cache
+def kernel(kind, where_kind, shape):
+    """Make the kernel that leaves every chunk's (count, shift, offset, m2); `where_kind` is None without weights."""
+    feature, start_of = place(shape)
+    leave_moments = leaving(kind, where_kind, shape)
+
+    def moments(chunk, chunks, positions, features, rows, places, sizes, x, steps, where, where_steps, partials):
+        room = cuda.shared.array(THREADS, types.float64)
+        c, part, writes = feature(chunks, features)
+        leave_moments(
+            c, part, writes, start_of(c, sizes, steps), start_of(c, sizes, where_steps), x, room,
+            chunk, chunks, positions, features, rows, places, sizes, x, steps, where, where_steps, partials,
+        )  # fmt: skip
+
     name = f"moments_{NAMES[kind]}_{'' if where_kind is None else NAMES[where_kind]}_{shape}"
     x, where, steps = POINTERS[kind], POINTERS[BOOL if where_kind is None else where_kind], numbers(shape.axes)
     return Kernel(name, types.void(*grid(shape), x, steps, where, steps, vector), moments)

@@ -13,6 +13,7 @@ from functools import cache
 
 import numpy as np
 
+from bnarray.kernels.cuda import memory
 from bnarray.kernels.cuda.block import merging
 from bnarray.kernels.cuda.coefficients import (
     PARAMETERS,
@@ -26,27 +27,18 @@ from bnarray.kernels.cuda.coefficients import (
     transformed,
 )
 from bnarray.kernels.cuda.compiled import THREADS, Kernel, cuda, index, machinery, numbers, types, vector
-from bnarray.kernels.cuda.memory import (
-    FLOAT64,
-    NAMES,
-    POINTERS,
-    each_of,
-    is_by_vectors,
-    load_elements,
-    reader,
-    store_elements,
-    writer,
-)
+from bnarray.kernels.cuda.memory import FLOAT64, NAMES, POINTERS, is_by_vectors, reader, writer
+from bnarray.kernels.cuda.stage import loading_staged, slots
 from bnarray.kernels.cuda.walk import grid, place, walk
 
 
 @cache
-def _step(kind, onto, real, width):
+def _step(kind, onto, real, width, is_staged):
     """Make the function that writes what follows from a position of x, and of the residual, to one of y."""
     read, write = reader(kind, real), writer(kind)
 
     @machinery
-    def element(value, added, _, shared):
+    def element(value, added, shared):
         center, low, rest, scale, bias, floor = shared
         z = transformed(read(value), center, low, rest, scale, bias)
         if onto:
@@ -56,7 +48,7 @@ def _step(kind, onto, real, width):
     @machinery
     def by_element(x, i, y, j, residual, k, shared):
         value = x[i]
-        y[j] = element(value, residual[k], value, shared)
+        y[j] = element(value, residual[k], shared)
 
     @machinery
     def by_turns(x, i, y, j, residual, k, shared):
@@ -65,21 +57,25 @@ def _step(kind, onto, real, width):
 
     if not is_by_vectors(kind, real, width):
         return by_element if width == 1 else by_turns
-    load, store, elements = load_elements(width), store_elements(width), each_of(element, width)
+    load, store = memory.load_elements(width), memory.store_elements(width)
+    load_x, pick, put = loading_staged(width) if is_staged else load, memory.pick, memory.put
 
     @machinery
     def by_vector(x, i, y, j, residual, k, shared):
-        values = load(x, i)
-        store(y, j, elements(values, load(residual, k), values, shared))
+        values = results = load_x(x, i)
+        added = load(residual, k) if onto else values
+        for turn in range(width):
+            results = put(results, turn, element(pick(values, turn), pick(added, turn), shared))
+        store(y, j, results)
 
     return by_vector
 
 
 @cache
-def _loop(kind, onto, shape, real):
+def loop(kind, onto, shape, real, is_staged=False):
     """Make the loop over a thread's part of a chunk."""
     begin, at, onward = walk(shape)
-    step, split = _step(kind, onto, real, shape.width), parts(real)
+    slot, step, split = slots(shape.width), _step(kind, onto, real, shape.width, is_staged), parts(real)
     lowest, zero = real(-np.inf), real(0)
 
     @machinery
@@ -90,8 +86,9 @@ def _loop(kind, onto, shape, real):
         center, low, rest = split(mean)
         shared = center, low, rest, real(factor), real(term), zero if relu else lowest
         times, row, spot = begin(part, chunk, positions, sizes)
-        for _ in range(times):
-            i, j = x_start + at(row, spot, sizes, x_steps), y_start + at(row, spot, sizes, y_steps)
+        for turn in range(times):
+            i = slot(turn) if is_staged else x_start + at(row, spot, sizes, x_steps)
+            j = y_start + at(row, spot, sizes, y_steps)
             k = r_start + at(row, spot, sizes, r_steps)  # (of x, where there is no residual)
             step(x, i, y, j, residual, k, shared)
             row, spot = onward(row, spot, rows, places, sizes)
@@ -107,7 +104,7 @@ def kernel(kind, onto, merges, shape):
     """
     feature, start_of = place(shape)
     merged = merging(shape)
-    single, double = _loop(kind, onto, shape, np.float32), _loop(kind, onto, shape, np.float64)
+    single, double = loop(kind, onto, shape, np.float32), loop(kind, onto, shape, np.float64)
     may_be_single, across = kind != FLOAT64, shape.across
 
     def normalize(

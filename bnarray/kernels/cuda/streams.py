@@ -1,6 +1,6 @@
-"""Order among streams, for which the host waits for nothing."""
+"""Order among streams, for which the host waits for nothing: by `cuda.core`, or by Numba where that lacks it."""
 
-from typing import Any
+from bnarray.kernels.cuda.compiled import cuda, numba_stream
 
 
 class Mark:
@@ -8,20 +8,23 @@ class Mark:
 
     def __init__(self, device: int) -> None:
         """Make one on a device, whose number is that of the current context."""
-        from cuda.core import Device
-
-        self._event = Device(device).create_event()
+        try:
+            from cuda.core import Device, Stream
+        except ImportError:
+            self._stream, self._event = None, cuda.event(timing=False)
+        else:
+            self._stream, self._event = Stream.from_handle, Device(device).create_event()
 
     def set(self, stream: int) -> None:
         """Mark the end of what a stream, given by its handle, has to do so far."""
-        _stream(stream).record(self._event)
+        if self._stream is None:
+            self._event.record(numba_stream(stream))
+        else:
+            self._stream(stream).record(self._event)
 
     def await_by(self, stream: int) -> None:
         """Let what a stream is given from now on wait until the marked point is reached."""
-        _stream(stream).wait(self._event)
-
-
-def _stream(handle: int) -> Any:
-    from cuda.core import Stream
-
-    return Stream.from_handle(handle)
+        if self._stream is None:
+            self._event.wait(numba_stream(stream))
+        else:
+            self._stream(stream).wait(self._event)

@@ -9,8 +9,9 @@ A position is a row, the index over the outer axes, and a place along the inner 
 elements between neighbours, for each operand) go over the outer axes, the inner one, and the feature axes. Indices have
 64 bits. Going on to the next position divides only where there are two outer axes or more.
 
-Where elements are worked on one by one, a position may be a vector of 16 bytes along the inner axis: sizes and steps
-are then those of vectors. The bits are the same, because no element hears of another.
+A position may be a vector of 16 bytes along the inner axis: sizes and steps are then those of vectors. Where each
+element is worked on by itself, the bits are the same with and without. Sums hear of the order: for them strides and
+dtype alone decide whether positions are vectors, and one that is not aligned is read element by element (`apart`).
 """
 
 from functools import cache
@@ -27,7 +28,8 @@ class Shape(NamedTuple):
     across: int
     outer: int  # axes
     features: int  # axes
-    width: int = 1  # elements that a thread reads and writes at once: positions are of so many
+    width: int = 1  # elements of a position: a thread reads and writes so many at once
+    apart: bool = False  # ... or one by one, because they are not aligned
 
     @property
     def axes(self) -> int:
@@ -38,7 +40,7 @@ class Shape(NamedTuple):
         return THREADS // self.across
 
     def __str__(self) -> str:
-        wide = f"_by_{self.width}" if self.width > 1 else ""
+        wide = f"_by_{self.width}{'_apart' * self.apart}" if self.width > 1 else ""
         return f"{self.across}_{self.outer}_{self.features}{wide}"
 
 
@@ -73,20 +75,32 @@ def _offset(first, last):
 
 
 @cache
-def place(shape):
-    """Make the functions that tell a thread its feature and chunk, and the elements before a feature's first one.
+def whose(shape):
+    """Make the function that tells a thread of a block, by the block's number, its tile, feature and chunk.
 
     Lanes beyond the last feature go along with it, and are told to write nothing.
     """
     across = shape.across
+
+    @machinery
+    def of_block(block, chunks, features):
+        tile = block // chunks
+        c = tile * across + np.int64(cuda.threadIdx.x) % across
+        return tile, min(c, features - 1), block - tile * chunks, c < features
+
+    return of_block
+
+
+@cache
+def place(shape):
+    """Make the functions that tell a thread its feature and chunk, and the elements before a feature's first one."""
+    of_block = whose(shape)
     of_feature = _offset(shape.outer + 1, shape.axes - 1)
 
     @machinery
     def feature(chunks, features):
-        block = np.int64(cuda.blockIdx.x)
-        tile = block // chunks
-        c = tile * across + np.int64(cuda.threadIdx.x) % across
-        return min(c, features - 1), block - tile * chunks, c < features
+        _, c, part, writes = of_block(np.int64(cuda.blockIdx.x), chunks, features)
+        return c, part, writes
 
     @machinery
     def start(c, sizes, steps):

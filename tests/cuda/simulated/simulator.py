@@ -1,7 +1,8 @@
 """A pretended CUDA device: kernels run as Python, in the memory of NumPy arrays.
 
 Numba's own simulator starts a thread of the operating system for each one of the device; here they are greenlets, which
-is about a hundred times faster, and blocks run in an order that nothing may depend on.
+is about a hundred times faster. Blocks run in an order that nothing may depend on; those of kernels in which they wait
+for one another run side by side, in turns as long as from one barrier to the next, as many as there is room for.
 """
 
 import sys
@@ -17,19 +18,35 @@ from numba.cuda import types
 
 from bnarray.backends._cuda import Memory
 from bnarray.kernels.cuda import (
+    backward,
     block,
     compiled,
     exact,
+    forward,
     grad_input,
     grad_sums,
     memory,
     moments,
     normalize,
     running,
+    stage,
+    together,
     walk,
 )
 
-_DTYPES = {types.float64: np.float64, types.float32: np.float32}
+#: In the order in which they import one another's constants.
+kernel_modules = (
+    compiled, walk, exact, memory, stage, together, block, moments, normalize, grad_sums, grad_input, forward, backward,
+    running,
+)  # fmt: skip
+
+_DTYPES = {
+    types.float64: np.float64,
+    types.float32: np.float32,
+    types.float16: np.float16,
+    types.uint16: np.uint16,
+    types.int64: np.int64,
+}
 _KINDS = {name: kind for kind, name in enumerate(memory.NAMES)}
 
 
@@ -41,7 +58,7 @@ class Pointer(int):
 
     def __new__(cls, array: np.ndarray, steps: tuple[int, ...]) -> "Pointer":
         self = super().__new__(cls, array.ctypes.data)
-        if array.dtype.kind != "f":  # bool, and bfloat16, are bits to kernels
+        if array.dtype.kind not in "fu":  # bool, and bfloat16, are bits to kernels
             array = array.view(np.uint8 if array.dtype == np.bool else np.uint16)
         reach = [step * (size - 1) for step, size in zip(steps, array.shape, strict=True)]
         self._origin = -sum(each for each in reach if each < 0)
@@ -82,16 +99,45 @@ class Library:
     def vector(self, shape: tuple[int, ...], like: np.ndarray) -> np.ndarray:
         return np.full(shape, np.nan)
 
+    def words(self, number: int, like: np.ndarray) -> tuple[np.ndarray, Pointer]:
+        array = np.zeros(number, np.uint32)
+        words.append(array)
+        return array, Pointer(array, (1,))
+
     def on_device_of(self, x: np.ndarray) -> AbstractContextManager[None]:
         return nullcontext()
 
     def queue(self, x: np.ndarray) -> tuple[int, int]:
         return 0, 0
 
+    def stream(self, x: np.ndarray) -> None:
+        return None
+
+    def is_capturing(self, x: np.ndarray) -> bool:
+        return False
+
+
+class Room(SimpleNamespace):
+    """How many blocks there is room for at a time, how often one of them looks for its order, and their order."""
+
+    blocks = 1000
+    patience = 10**9
+    order = 0
+    waits_in_vain = 0  # so far
+
+
+room = Room()
+
+#: All counters that were made, and the names of the kernels that were launched.
+words: list[np.ndarray] = []
+launched: list[str] = []
+
 
 class _Block:
     def __init__(self, number: int) -> None:
         self.number = number
+        self.running: list[Any] = []
+        self.waiting: list[Any] = []
         self.shared: dict[Any, np.ndarray] = {}
         self.votes: defaultdict[int, list[bool]] = defaultdict(list)  # by how many a thread has taken part in
 
@@ -101,18 +147,23 @@ class _Cuda:
 
     threadIdx = property(lambda self: SimpleNamespace(x=getcurrent().number))  # noqa: N815
     blockIdx = property(lambda self: SimpleNamespace(x=getcurrent().block.number))  # noqa: N815
+    gridDim = property(lambda self: SimpleNamespace(x=device_double.blocks))  # noqa: N815
     shared = property(lambda self: self)
+    blocks = 0  # of the launch
 
-    def array(self, size: int, dtype: Any) -> np.ndarray:
+    def array(self, size: int, dtype: Any, alignment: int | None = None) -> np.ndarray:
         frame = sys._getframe(1)
         place = frame.f_code, frame.f_lineno
         shared = getcurrent().block.shared
         if place not in shared:
-            shared[place] = np.full(size, np.nan, _DTYPES[dtype])
+            shared[place] = np.full(size, 7 if dtype in types.integer_domain else np.nan, _DTYPES[dtype])
         return shared[place]
 
     def syncthreads(self) -> None:
         getcurrent().parent.switch("sync")
+
+    def nanosleep(self, nanoseconds: int) -> None:
+        getcurrent().parent.switch("sleep")
 
     def syncthreads_or(self, predicate: Any) -> int:
         thread = getcurrent()
@@ -138,17 +189,49 @@ class _Cuda:
         raise NotImplementedError("fused in float64")
 
 
-def _run_block(function: Callable[..., None], number: int, arguments: tuple[Any, ...]) -> None:
-    block, threads = _Block(number), []
+def _begin(function: Callable[..., None], number: int, arguments: tuple[Any, ...]) -> _Block:
+    block = _Block(number)
     for i in range(compiled.THREADS):
         thread = greenlet(function)
-        thread.number, thread.block, thread.votes = i, block, 0
-        threads.append(thread)
-    waiting = [thread.switch(*arguments) == "sync" for thread in threads]
-    while any(waiting):
-        if not all(waiting):
-            raise RuntimeError("threads of a block wait for others that have ended")
-        waiting = [thread.switch() == "sync" for thread in threads]
+        thread.number, thread.block, thread.votes, thread.given, thread.coming = i, block, 0, arguments, []
+        block.running.append(thread)
+    return block
+
+
+def _go_on(block: _Block) -> str:
+    """Let a block's threads run until all of them are at a barrier, or those that are not sleep; return which."""
+    sleeping = []
+    for thread in block.running:
+        given, thread.given = thread.given, ()
+        stops = thread.switch(*given)
+        if stops == "sleep":
+            sleeping.append(thread)
+        elif stops == "sync":
+            block.waiting.append(thread)
+    if sleeping:
+        block.running = sleeping
+        return "sleep"
+    if block.waiting and len(block.waiting) != compiled.THREADS:
+        raise RuntimeError("threads of a block wait for others that have ended")
+    block.waiting.sort(key=lambda thread: thread.number)
+    block.running, block.waiting = block.waiting, []
+    return "sync" if block.running else "end"
+
+
+def _run(function: Callable[..., None], blocks: int, arguments: tuple[Any, ...], places: int) -> None:
+    """Run blocks, so many at a time; whoever's turn it is is drawn."""
+    draw = np.random.default_rng(blocks + room.order)
+    to_come, running, asleep = [int(number) for number in draw.permutation(blocks)], [], 0
+    while to_come or running:
+        while to_come and len(running) < places:
+            running.append(_begin(function, to_come.pop(), arguments))
+        turn = int(draw.integers(len(running)))
+        state = _go_on(running[turn])
+        asleep = asleep + 1 if state == "sleep" else 0
+        if asleep > 100_000:
+            raise RuntimeError("blocks wait for one another, and none goes on")
+        if state == "end":
+            del running[turn]
 
 
 def launch(self: Any, device: int, stream: int, blocks: int, *arguments: Any) -> None:
@@ -161,9 +244,14 @@ def launch(self: Any, device: int, stream: int, blocks: int, *arguments: Any) ->
         with np.errstate(all="ignore"):  # which each greenlet has for itself
             self.function(*arguments)
 
+    launched.append(self.name)
+    places = 1
+    if together.words_type in self.signature.args:
+        places, arguments = room.blocks, (*arguments[:-1], room.patience)
+
     def work() -> None:
-        for number in np.random.default_rng(blocks).permutation(blocks):
-            _run_block(thread, int(number), arguments)
+        device_double.blocks = blocks
+        _run(thread, blocks, arguments, places)
 
     give(device, stream, work)
 
@@ -190,12 +278,76 @@ def _store_elements(width: int) -> Callable[[Pointer, int, tuple[Any, ...]], Non
     return store
 
 
+def _pick(elements: tuple[Any, ...], k: int) -> Any:
+    return elements[k]
+
+
+def _put(elements: tuple[Any, ...], k: int, element: Any) -> tuple[Any, ...]:
+    return (*elements[:k], element, *elements[k + 1 :])
+
+
+# -- What waits on chip ------------------------------------------------------------------------------------------------
+
+
+def _copy_at_once(width: int) -> Callable[[np.ndarray, int, Pointer, int], None]:
+    def copy(staged: np.ndarray, slot: int, array: Pointer, i: int) -> None:
+        if width > 1:
+            array.assert_aligned(i)
+            assert slot % width == 0
+        thread = getcurrent()
+        for k in range(width):
+            thread.coming.append((staged, slot + k, array[i + k]))
+
+    return copy
+
+
+def _landed() -> None:
+    thread = getcurrent()
+    for staged, slot, element in thread.coming:
+        staged[slot] = element
+    thread.coming = []
+
+
+def _load_staged(width: int) -> Callable[[np.ndarray, int], tuple[Any, ...]]:
+    return lambda staged, slot: tuple(staged[slot + k] for k in range(width))
+
+
+# -- What blocks tell one another --------------------------------------------------------------------------------------
+
+
+def _count_up(words: Pointer, at: int, last: int) -> int:
+    found = int(words[at])
+    words[at] = 0 if found >= last else found + 1
+    return found
+
+
+def _put_first(words: Pointer, at: int, order: int) -> int:
+    found = int(words[at])
+    if found == together.NONE:
+        words[at] = order
+        room.waits_in_vain += order == together.GONE
+    return found
+
+
+def _look(words: Pointer, at: int) -> int:
+    return int(words[at])
+
+
+device_double = _Cuda()
+
+#: What asks a device, before `install`.
+most_parts = together.most_parts
+
+
 def install() -> None:
     """Let launches run here."""
-    for module in (normalize, grad_input):
-        module.load_elements, module.store_elements = _load_elements, _store_elements
+    memory.load_elements, memory.store_elements = _load_elements, _store_elements
+    memory.pick, memory.put = _pick, _put
+    stage.copy_at_once, stage.landed, stage.load_staged = _copy_at_once, _landed, _load_staged
+    together.count_up, together.put_first, together.look = _count_up, _put_first, _look
+    together.most_parts = lambda device: 1000
     compiled.Kernel.launch = launch
     compiled.make_current = lambda device: None
-    for module in (block, compiled, exact, grad_input, grad_sums, memory, moments, normalize, running, walk):
+    for module in (*kernel_modules, together):
         if hasattr(module, "cuda"):
-            module.cuda = _Cuda()
+            module.cuda = device_double

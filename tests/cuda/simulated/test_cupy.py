@@ -251,6 +251,106 @@ def test_what_a_capture_works_in_is_not_given_back() -> None:
         assert len(_library._captured) > before
 
 
+# -- Counters of blocks that wait for one another ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def words(monkeypatch: pytest.MonkeyPatch) -> list[ndarray]:
+    """All counters that are made."""
+    from bnarray.backends.cupy import _kernels, _library
+
+    made: list[ndarray] = []
+    make = _library.words
+
+    def note(number: int, like: ndarray) -> Any:
+        array, address = make(number, like)
+        made.append(array)
+        return array, address
+
+    monkeypatch.setattr(_library, "words", note)
+    monkeypatch.setattr(_kernels, "_words", {})
+    return made
+
+
+def _step(x: ndarray) -> tuple[ndarray, ndarray]:
+    y, saved = bn.batch_norm_forward(x)
+    return y, bn.batch_norm_backward(y, saved).x
+
+
+def test_a_stream_keeps_its_counters(words: list[ndarray]) -> None:
+    x = cupy.asarray(_drawn(2, 1, 61))
+    machine.stream().synchronize()
+    streams_ = [Stream(), Stream()]
+    for _ in range(2):
+        for stream in streams_:
+            with stream:
+                bn.batch_norm(x)
+    assert len(words) == 2
+    with Device(1):
+        bn.batch_norm(cupy.asarray(_drawn(2, 1, 61)))
+    assert len(words) == 3
+    for stream in (*streams_, *machine.streams.values()):
+        stream.run_until(stream.given)
+    assert not any(each._array.any() for each in words)
+
+
+def test_more_blocks_have_more_counters(words: list[ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bnarray.backends._cuda.FEWEST_WORDS", 4)
+    for features in (1, 2, 5, 4, 1):
+        bn.batch_norm(cupy.asarray(_drawn(2, features, 61)))
+    assert [each.size for each in words] == [4, 8, 16]
+
+
+def test_only_so_many_streams_are_kept(words: list[ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+    from bnarray.backends.cupy import _kernels
+
+    monkeypatch.setattr("bnarray.backends._cuda.MOST_STREAMS", 3)
+    x = cupy.asarray(_drawn(2, 1, 61))
+    machine.stream().synchronize()
+    for _ in range(5):
+        with Stream():
+            bn.batch_norm(x)
+    assert (len(words), len(_kernels._words)) == (5, 3)
+
+
+def test_streams_of_one_handle_share_no_counters(words: list[ndarray]) -> None:
+    """CUDA means another stream in each thread by handle 2."""
+    x = cupy.asarray(_drawn(2, 1, 61))
+    machine.stream().synchronize()
+    stream = Stream()
+    stream.ptr = 2
+    machine.streams[2] = stream
+    with stream:
+        bn.batch_norm(x)
+        bn.batch_norm(x)
+    assert len(words) == 2
+
+
+def test_a_capture_has_its_own_counters(words: list[ndarray]) -> None:
+    """A replay on one stream runs beside calls on the one that it was captured on."""
+    x = cupy.asarray(_drawn(2, 1, 61))
+    machine.stream().synchronize()
+    with Stream() as stream:
+        _step(x)
+        assert len(words) == 1
+        stream.begin_capture()
+        y, dx = _step(x)
+        graph = stream.end_capture()
+        assert len(words) == 3
+        _step(x)
+        assert len(words) == 3
+        stream.synchronize()
+    with Stream() as other:
+        for _ in range(2):
+            graph.launch()
+            other.synchronize()
+            expected = _step(x)
+            np.testing.assert_array_equal(y.get(), expected[0].get())
+            np.testing.assert_array_equal(dx.get(), expected[1].get())
+            for each in words[1:3]:
+                assert not each._array.any()
+
+
 def test_refused_amid_a_capture_is_one_more_skipped() -> None:
     x, few_x = cupy.asarray(_drawn(6, 5)), cupy.asarray(_drawn(5, 5))
     x[2, 2] = np.nan

@@ -9,7 +9,9 @@ import pytest
 
 import bnarray as bn
 from bnarray.backends import _cuda
+from bnarray.kernels.cuda import memory, stage
 from bnarray.testing import TOLERANCES, assert_close, reference
+from tests.cuda.simulated import simulator
 
 F32 = TOLERANCES["float32"]
 
@@ -62,11 +64,12 @@ def test_a_nan_stays_in_its_feature(simulated: object) -> None:
 def test_chunks_merge_to_the_same_statistics(simulated: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     x = (np.random.default_rng(5).normal(size=(7, 3, 90)) + 1e4).astype(np.float32)
     found = []
-    for chunk in (50, 10_000):
+    for size in (200, 40_000):
         _cuda.plan.cache_clear()
-        monkeypatch.setattr(_cuda, "CHUNK", chunk)
+        monkeypatch.setattr(stage, "SIZE", size)
         found.append(simulated.moments(x, (1,), None))
-        assert (_cuda.plan(x.shape, (1,), (), tuple(s // 4 for s in x.strides)).chunks > 1) == (chunk == 50)
+        way = _cuda.plan(x.shape, (1,), (), tuple(s // 4 for s in x.strides), most=stage.most(memory.FLOAT32, 1))
+        assert (way.chunks > 1) == (size == 200)
     _cuda.plan.cache_clear()
     (_, mean, m2), (_, other_mean, other_m2) = found
     np.testing.assert_allclose(mean, other_mean, rtol=1e-14)
@@ -94,30 +97,21 @@ def _laid(x: np.ndarray, elements: int) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
 @pytest.mark.parametrize("residual", [False, True])
-def test_vectors_and_elements_give_the_same_bits(
-    simulated: SimpleNamespace, dtype: Any, residual: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_vectors_and_elements_give_the_same_bits(simulated: SimpleNamespace, dtype: Any, residual: bool) -> None:
     """Accesses of 16 bytes, where memory allows them, change nothing but their number."""
-    rng, widths = np.random.default_rng(9), []
-    plan = _cuda.plan
-
-    def seen(*arguments: Any, width: int = 1) -> Any:
-        way = plan(*arguments, width=width)
-        widths.append(way.shape.width)
-        return way
-
-    monkeypatch.setattr(_cuda, "plan", seen)
+    rng, names = np.random.default_rng(9), simulator.launched
     x, onto, dy = rng.normal(3, 2, (3, 5, 3, 48)).astype(dtype)
     results = []
     for shift in (0, 1):
+        names.clear()
         laid = [_laid(each, shift) for each in (x, onto, dy)]
         y, saved = bn.batch_norm_forward(
             laid[0], residual=laid[1] if residual else None, activation="relu", out=_laid(x, shift)
         )
         gradients = bn.batch_norm_backward(laid[2], saved, out=_laid(x, shift))
         results.append((y, *(each for each in gradients if each is not None)))
-        widest, widths[:] = max(widths), []
-        assert widest == (1 if shift else 16 // x.itemsize)
+        assert any(name.endswith(f"_by_{16 // x.itemsize}") for name in names) == (not shift)
+        assert any(name.endswith("_apart") for name in names) == (shift and dtype != np.float64)
     for aligned, shifted in zip(*results, strict=True):
         np.testing.assert_array_equal(aligned.view(np.uint8), shifted.view(np.uint8))
 
@@ -150,7 +144,8 @@ def test_cut_as_on_a_device(
 ) -> None:
     rng = np.random.default_rng(8)
     x, dy = rng.normal(5, 2, (2, *shape)).astype(np.float32)
-    assert _cuda.plan(x.shape, kept, (), tuple(step // 4 for step in x.strides)).chunks > 1
+    most = stage.most(memory.FLOAT32, 1)
+    assert _cuda.plan(x.shape, kept, (), tuple(step // 4 for step in x.strides), most=most).chunks > 1
     truth = reference(x, dy, kept, relu=True)
     y, saved = bn.batch_norm_forward(x, axis=kept, activation="relu")
     assert_close(y, truth.y, truth.y_scale, F32, F32.y)

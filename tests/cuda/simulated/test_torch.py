@@ -41,6 +41,10 @@ class LibraryDouble(_torch_cuda.Library):
         seen = super().memory(x)
         return seen._replace(address=simulator.Pointer(_numpy(x), seen.strides))
 
+    def words(self, number: int, like: Any) -> tuple[Any, Any]:
+        array = np.zeros(number, np.uint32)
+        return array, simulator.Pointer(array, (1,))
+
     def on_device_of(self, x: Any) -> AbstractContextManager[None]:
         return nullcontext()
 

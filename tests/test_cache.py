@@ -74,7 +74,8 @@ def test_an_edit_to_a_kernel_or_a_helper_is_seen(file: str, tmp_path: Path) -> N
     assert _run(tmp_path, tmp_path / "lib") == (RIGHT, 0)
     edited = tmp_path / "lib" / "bnarray" / file
     text = edited.read_text()
-    wrong = text.replace("* scale + bias\n", "* scale + bias + 1\n")
+    wrong = text.replace("* scale + shift\n", "* scale + shift + 1\n")
+    assert wrong != text or not file.endswith("normalize.py")
     edited.write_text(wrong if file.endswith("normalize.py") else text + "\n# edited\n")
     result, compiled = _run(tmp_path, tmp_path / "lib")
     assert compiled > 0

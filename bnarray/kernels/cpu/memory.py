@@ -317,7 +317,6 @@ _read_bool = _reader("bool", np.uint8(0), _of_bool)
 _read_bits, _write_bits = _reader("bits", np.uint16(0), _same), _writer("bits", np.uint16(0), _same)
 
 
-@machinery
 def _read_numbers(address, step, kind, line):
     if kind == FLOAT32:
         _read_single(address, step, line)
@@ -331,7 +330,10 @@ def _read_numbers(address, step, kind, line):
         _read_bool(address, step, line)
 
 
-@machinery
+def _read_halves(address, step, kind, line):
+    _read_bits(address, step, line)
+
+
 def _write_numbers(line, address, step, kind):
     if kind == FLOAT32:
         _write_single(line, address, step)
@@ -343,15 +345,17 @@ def _write_numbers(line, address, step, kind):
         _write_bfloat(line, address, step)
 
 
+def _write_halves(line, address, step, kind):
+    _write_bits(line, address, step)
+
+
 def read(address, step, kind, line):
     """Fill a line with elements of a kind, `step` bytes apart; a line of halves with such halves."""
 
 
 @overload(read, jit_options=PART)
 def _read(address, step, kind, line):
-    if line.dtype in HALVES:
-        return lambda address, step, kind, line: _read_bits(address, step, line)
-    return lambda address, step, kind, line: _read_numbers(address, step, kind, line)
+    return _read_halves if line.dtype in HALVES else _read_numbers
 
 
 def write(line, address, step, kind):
@@ -360,9 +364,7 @@ def write(line, address, step, kind):
 
 @overload(write, jit_options=PART)
 def _write(line, address, step, kind):
-    if line.dtype in HALVES:
-        return lambda line, address, step, kind: _write_bits(line, address, step)
-    return lambda line, address, step, kind: _write_numbers(line, address, step, kind)
+    return _write_halves if line.dtype in HALVES else _write_numbers
 
 
 @intrinsic

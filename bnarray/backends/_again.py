@@ -4,8 +4,7 @@ Checks and plans follow from types, shapes, strides and options (the call's *sig
 ones needs neither. What is not plain sailing (numbers beyond float32, statistics that are not finite, another thread's
 update at the same moment) comes back as None before anything has changed: such a call goes the way of a first one.
 
-On arrays that threads share the work is done kernel by kernel. There a call of its first kind costs 20 µs (evaluation)
-to 60 µs (training) more than one like before.
+On arrays that threads share the work is done kernel by kernel.
 """
 
 from abc import ABC, abstractmethod

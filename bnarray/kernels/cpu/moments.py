@@ -196,7 +196,7 @@ def _fold_rows(tile, rows, columns, like, count, shift, offset, m2, sums):
 def _fold_rows_of_halves(tile, rows, columns, like, count, shift, offset, m2, sums):
     at, step = tile
     depth = LINES if columns <= MOST else max(1, LINES * lanes.WIDTH // columns)
-    width = min(columns, max(MOST, LINES * lanes.WIDTH))
+    width = min(columns, LINES * lanes.WIDTH)
     for row in range(0, rows, depth):
         for begin in range(0, columns, width):
             part = at + row * step + begin * item_of(like), step

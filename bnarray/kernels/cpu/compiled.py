@@ -10,19 +10,49 @@ from typing import Any
 from bnarray.kernels import disk  # isort: skip  # before any other kernel module: it takes the sources' digest
 from numba import config, njit, types
 from numba.core.caching import _Cache
-from numba.core.compiler import CompileResult
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler, CompileResult
 from numba.core.registry import cpu_target
 from numba.core.serialize import dumps
 
 # The caller's Numba settings that change the machine code; those of the processor are in the codegen's own tuple.
 _SETTINGS = ("OPT", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "ENABLE_AVX")
 
+
+class _Part(JITCodeLibrary):  # type: ignore[misc]  # Numba is not typed throughout
+    """The code of a function that nobody calls but kernels: optimised and turned into machine code with each of them,
+    not before. Some hundred such functions, each brought to the end by itself, took a third of a first call's time."""
+
+    @property
+    def codegen(self) -> "_Part":
+        return self
+
+    def set_env(self, name: str, env: Any) -> None: ...
+
+    def get_pointer_to_function(self, name: str) -> int:
+        self._ensure_finalized()
+        return 0  # no such function here, as Numba puts it
+
+    def _optimize_final_module(self) -> None: ...
+
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()
+        self._verify_declare_only_symbols()
+        self._finalized = True
+
+
+class _PartCompiler(Compiler):  # type: ignore[misc]  # Numba is not typed throughout
+    def define_pipelines(self) -> Any:
+        self.state.library = _Part(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
+        return super().define_pipelines()
+
+
 #: Decorators of the functions that kernels are made of.
 # `contract` is all the licence there is: sums are vectorised by the way they are written (lanes.py).
 # Kernels own no memory (`memory.carve`), so that nothing counts references: counting, which is atomic, took more than
 # half of the time on short rows.
 _options = {"error_model": "numpy", "nogil": True, "_nrt": False}
-PART = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, **_options}
+PART = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": _PartCompiler, **_options}
 mapping = njit(fastmath={"contract"}, **PART)
 machinery = njit(**PART)
 

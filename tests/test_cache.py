@@ -141,9 +141,10 @@ def test_every_compiled_function_has_a_name_of_its_own() -> None:
     for dtype in (np.float32, np.float64):
         for is_columns in (False, True):
             kernels = [forward.kernel(dtype, is_columns)]
+            weights = None, np.uint8, np.float32, np.float64
+            kernels += [moments.kernel(dtype, is_columns, each) for each in weights]
             for flag in (False, True):
-                kernels += moments.kernel(dtype, is_columns, flag), normalize.kernel(dtype, is_columns, flag)
-                kernels.append(backward.kernel(dtype, is_columns, int(flag)))
+                kernels += normalize.kernel(dtype, is_columns, flag), backward.kernel(dtype, is_columns, int(flag))
             for gate in range(3):
                 kernels.append(grad_sums.kernel(dtype, is_columns, gate))
                 kernels += [grad_input.kernel(dtype, is_columns, gate, statistics) for statistics in range(3)]

@@ -292,6 +292,44 @@ def test_weights_of_any_size(weight: float) -> None:
         bn.moments(np.array([[1.0], [3.0]]), where=np.full((2, 1), 1.5e308))
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(300, 2), (300, 40), (5, 3, 4000)])
+def test_what_comes_first_weighs_next_to_nothing(dtype: type, shape: tuple[int, ...]) -> None:
+    """An outlier, but for its weight: deviations from it say little of the others'."""
+    rng = np.random.default_rng(5)
+    x, weights = rng.normal(size=shape).astype(dtype), rng.random(shape)
+    x[0, :2], weights[0, :2] = 5e4, 1e-14
+    m = bn.moments(x, where=weights)
+    axes = (0, *range(2, x.ndim))
+    exact, n = x.astype(np.longdouble), weights.sum(axes, np.longdouble)
+    mean = (weights * exact).sum(axes) / n
+    deviations = exact - mean.reshape(-1, *[1] * (x.ndim - 2))
+    np.testing.assert_allclose(m.mean, mean.astype(float), rtol=0, atol=1e-14)
+    np.testing.assert_allclose(m.m2, (weights * deviations**2).sum(axes).astype(float), rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 50), (90, 12)])
+@pytest.mark.parametrize("scale", [1e-300, 1e-60, 1e-30, 1e30, 1e60, 1e290])
+def test_gradients_under_weights_of_any_size(shape: tuple[int, ...], scale: float) -> None:
+    rng = np.random.default_rng(6)
+    x, dy = rng.normal(size=(2, *shape)).astype(np.float32)
+    weights = rng.random(shape)
+    _, saved = bn.batch_norm_forward(x, where=weights)
+    _, scaled = bn.batch_norm_forward(x, where=weights * scale)
+    np.testing.assert_allclose(
+        bn.batch_norm_backward(dy, scaled).x, bn.batch_norm_backward(dy, saved).x, rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_negative_zero_is_a_weight(dtype: type) -> None:
+    x = np.array([[1.0], [np.nan], [3.0]])
+    assert bn.moments(x, where=np.array([[1], [-0.0], [1]], dtype)).mean == 2
+    for bad in (-1e-7, -np.inf, np.inf, np.nan, -np.nan):
+        with pytest.raises(ValueError, match="negative, infinite or NaN"):
+            bn.moments(x, where=np.array([[1], [bad], [1]], dtype))
+
+
 @pytest.mark.parametrize("layout", ["c", "channels_last"])
 def test_float32_far_from_zero_in_a_large_batch(layout: str) -> None:
     """The mean is the nearest float64. Half of its last place is 2 ulp of 2⁻¹² deviations: outputs closer to 0 are

@@ -112,10 +112,11 @@ def _step(
     *,
     tiles: int,
     vectors: int = coefficients.VECTORS,
+    lines: int = 0,
     guide: tuple[Strides, ...] = (),
     element_wise: bool = False,
 ) -> Step:
-    """Plan a kernel that holds so many tiles, and so many vectors of a number for each feature, at a time.
+    """Plan a kernel that holds so many tiles, vectors of a number for each feature, and lines, at a time.
 
     `guide` are strides that the order follows before any operand's.
     """
@@ -136,7 +137,7 @@ def _step(
     )
     is_columns = tiling.family == COLUMNS
     features = prod(features_shape(shape, kept))
-    numbers = tiles * depth * width + vectors * features + _SUMS * max(width, MOST) + axes.size
+    numbers = tiles * depth * width + vectors * features + (_SUMS + lines) * max(width, MOST) + axes.size
     return Step(
         kernel(tile_type, is_columns, *options),
         partial(kernel, np.float64, is_columns, *options),
@@ -192,11 +193,14 @@ def _gate(transform: Transform) -> int:
 
 
 @lru_cache(maxsize=4096)
-def moments_step(kind: int, shape: tuple[int, ...], kept: tuple[int, ...], *strides: Strides) -> Step:
-    weighted = len(strides) > 1
+def moments_step(
+    kind: int, shape: tuple[int, ...], kept: tuple[int, ...], *strides: Strides, weight_type: Any = None
+) -> Step:
+    tiles, lines = (1, 0) if weight_type is None else (2, 1 + moments.STRIP)
     return _step(
-        moments.kernel, (weighted,), memory.ELEMENTS[kind], shape, kept, strides, tiles=2 if weighted else 1, vectors=0
-    )
+        moments.kernel, (weight_type,), memory.ELEMENTS[kind], shape, kept, strides,
+        tiles=tiles, vectors=0, lines=lines,
+    )  # fmt: skip
 
 
 def find_moments(x: Memory, kept: tuple[int, ...], where: Memory | None) -> tuple[Vector, Vector, Vector]:
@@ -207,7 +211,8 @@ def find_moments(x: Memory, kept: tuple[int, ...], where: Memory | None) -> tupl
     if where is None:
         step, where_at, where_kind = moments_step(x.kind, x.shape, kept, x.strides), NOWHERE, memory.BOOL
     else:
-        step = moments_step(x.kind, x.shape, kept, x.strides, where.strides)
+        weight_type = memory.ELEMENTS[where.kind] if where.kind in (memory.BOOL, memory.FLOAT64) else np.float32
+        step = moments_step(x.kind, x.shape, kept, x.strides, where.strides, weight_type=weight_type)
         where_at, where_kind = where.address, where.kind
     sums = np.zeros((4, step.groups, step.features))
     step.run((x.owner, where and where.owner), x.address, x.kind, where_at, where_kind, *sums)
@@ -368,10 +373,9 @@ def find_and_write_gradient(dy: Memory, x: Memory, transform: Transform, dx: Mem
 def grad_input_step(
     kind: int, shape: tuple[int, ...], kept: tuple[int, ...], gate: int, statistics: int, *strides: Strides
 ) -> Step:
-    weighted = statistics == grad_input.WEIGHTED
     return _step(
-        grad_input.kernel, (gate, statistics), np.float64 if weighted else memory.ELEMENTS[kind], shape, kept, strides,
-        tiles=3 + gate + weighted, vectors=coefficients.VECTORS + 2, element_wise=True,
+        grad_input.kernel, (gate, statistics), memory.ELEMENTS[kind], shape, kept, strides,
+        tiles=3 + gate + (statistics == grad_input.WEIGHTED), vectors=coefficients.VECTORS + 2, element_wise=True,
     )  # fmt: skip
 
 

@@ -161,6 +161,13 @@ def _plain(x: Tensor, name: str) -> Tensor:
     return x.clone() if x.is_neg() or x._is_zerotensor() else x
 
 
+def _are_weights(where: Tensor) -> bool:
+    if where.numel() == 0:
+        return True
+    least, most = torch.aminmax(where)  # both are NaN where anything is
+    return bool((least >= 0) & torch.isfinite(most))
+
+
 def check_where(x: Tensor, where: Tensor) -> Tensor:
     if not broadcasts(where.shape, x.shape):
         raise ValueError(f"where has shape {tuple(where.shape)}; it should broadcast to x's, {tuple(x.shape)}")
@@ -169,7 +176,7 @@ def check_where(x: Tensor, where: Tensor) -> Tensor:
     if where.dtype is not torch.bool:
         if where.dtype not in _FLOATS:
             raise TypeError(f"where has dtype {where.dtype}; it should be boolean (a mask) or floating (weights)")
-        if _may_be_asked(where) and not bool(((where >= 0) & torch.isfinite(where)).all()):
+        if _may_be_asked(where) and not _are_weights(where):
             raise ValueError("where holds a weight that is negative, infinite or NaN; weights should be >= 0")
     return _plain(where, "where")
 

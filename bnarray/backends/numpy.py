@@ -86,13 +86,20 @@ def check(x: ndarray, name: str) -> ndarray:
     return x if isinstance(x, np.ndarray) else np.asarray(x)
 
 
+def _are_weights(where: ndarray) -> bool:
+    """Whether all are >= 0 and finite: as bits such numbers (but -0) are ordered as they are, below infinity."""
+    unsigned = f"u{where.itemsize}"
+    infinity = np.array(np.inf, where.dtype).view(unsigned)
+    return bool(where.view(unsigned).max() < infinity or (where.min() >= 0 and where.max() < np.inf))
+
+
 def check_where(x: ndarray, where: ndarray) -> ndarray:
     _check_array(where, "where")
     if _kind(where.dtype) is None:
         raise TypeError(f"where has dtype {where.dtype}; it should be boolean (a mask) or floating (weights)")
     if not broadcasts(where.shape, x.shape):
         raise ValueError(f"where has shape {where.shape}; it should broadcast to x's, {x.shape}")
-    if where.dtype != np.bool and where.size and not (where.min() >= 0 and where.max() < np.inf):
+    if where.dtype != np.bool and where.size and not _are_weights(where):
         raise ValueError("where holds a weight that is negative, infinite or NaN; weights should be >= 0")
     return np.asarray(where)
 

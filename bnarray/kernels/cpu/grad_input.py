@@ -18,6 +18,7 @@ import numpy as np
 from numba import types
 
 from bnarray.kernels.cpu.coefficients import (
+    LARGE,
     STATISTICS,
     carve_coefficients,
     count_of,
@@ -66,6 +67,9 @@ from bnarray.kernels.cpu.walk import TILE, address_of, carve_place, steps_of, ti
 #: What the statistics were to the elements: constants; their own mean; their weighted mean.
 CONSTANT, BATCH, WEIGHTED = range(3)
 
+#: Weights of a smaller sum may be too small for float32.
+LEAST_COUNT = 2.0**-40
+
 
 @machinery
 def _sums_of_line(common, slope, row):
@@ -100,10 +104,10 @@ def _weighted_rows(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, co
         center, scale, _ = of_line(of, row)
         mean_dz, steep = _sums_of_line(common, slope, row)
         dz, dx = line(dz_tile[0], dz_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
-        x, w = line(x_tile[0], x_tile[1], row, columns, like), line(w_tile[0], w_tile[1], row, columns, 0.0)
+        x, w = line(x_tile[0], x_tile[1], row, columns, like), line(w_tile[0], w_tile[1], row, columns, scale)
         for i in range(dz.size):
-            deviation = x[i] - center if w[i] != 0 else 0.0
-            dx[i] = scale * (dz[i] - w[i] * (mean_dz + deviation * steep))
+            share = w[i] * (mean_dz + (widen(x[i]) - center) * steep)
+            dx[i] = narrow(scale * (widen(dz[i]) - share if w[i] != 0 else widen(dz[i])), like)
 
 
 @mapping
@@ -130,16 +134,16 @@ def _weighted_columns(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of,
     center, scale, _ = of
     for row in range(rows):
         dz, dx = line(dz_tile[0], dz_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
-        x, w = line(x_tile[0], x_tile[1], row, columns, like), line(w_tile[0], w_tile[1], row, columns, 0.0)
+        x, w = line(x_tile[0], x_tile[1], row, columns, like), line(w_tile[0], w_tile[1], row, columns, scale[0])
         for j in range(dz.size):
-            deviation = x[j] - center[j] if w[j] != 0 else 0.0
-            dx[j] = scale[j] * (dz[j] - w[j] * (common[j] + deviation * slope[j]))
+            share = w[j] * (common[j] + (widen(x[j]) - center[j]) * slope[j])
+            dx[j] = narrow(scale[j] * (widen(dz[j]) - share if w[j] != 0 else widen(dz[j])), like)
 
 
 @machinery
 def fill_slopes(commons, slopes, vectors, count, counts, mean, sum_dz, sum_dz_x):
     """Write every feature's (common, slope), where common has what the center leaves of the mean (as the shift does in
-    `coefficients`); nothing over nothing is 0. Return whether they fit float32."""
+    `coefficients`); nothing over nothing is 0. Return whether they fit float32, and weights of such a sum do."""
     center, invstd = vectors[0], vectors[3]
     fit = True
     for c in range(mean.size):
@@ -149,7 +153,7 @@ def fill_slopes(commons, slopes, vectors, count, counts, mean, sum_dz, sum_dz_x)
         if mean[c] != center[c]:
             common -= (mean[c] - center[c]) * slope
         commons[c], slopes[c] = quiet(common), quiet(slope)
-        fit &= is_middling(common) and is_middling(slope)
+        fit &= is_middling(common) and is_middling(slope) and (n == 0 or LEAST_COUNT < n < LARGE)
     return fit
 
 
@@ -183,7 +187,7 @@ def kernel(dtype, is_columns, gate, statistics):
         results, room = carve(room, grid[TILE], like)
         gated, room = carve(room, 0 if gate == OPEN else grid[TILE], like)
         added, room = carve(room, grid[TILE] if gate == RELU_ONTO else 0, like)
-        weights, room = carve(room, grid[TILE] if statistics == WEIGHTED else 0, 0.0)
+        weights, room = carve(room, grid[TILE] if statistics == WEIGHTED else 0, real)
         commons, room = carve(room, mean.size, real)
         slopes, room = carve(room, mean.size, real)
         of_all, room = carve_coefficients(room, mean.size, real)

@@ -15,13 +15,15 @@ from numba import types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 from numba.np.arrayobj import populate_array
+from numba.np.numpy_support import from_dtype
 
 from bnarray.kernels.cpu.compiled import PART, machinery, mapping, named
 
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64, BOOL = range(5)
 
 #: What the elements of a tile are. Two types of integers tell the two kinds of halves apart.
-ELEMENTS = {FLOAT16: np.int16, BFLOAT16: np.uint16, FLOAT32: np.float32, FLOAT64: np.float64}
+ELEMENTS = {FLOAT16: np.int16, BFLOAT16: np.uint16, FLOAT32: np.float32, FLOAT64: np.float64, BOOL: np.uint8}
+_KINDS = {from_dtype(np.dtype(element)): kind for kind, element in ELEMENTS.items()}
 
 
 def arithmetic(element):
@@ -285,6 +287,10 @@ def _reader(name, like, convert):
             source = view(address, line.size, like)
             for i in range(line.size):
                 line[i] = convert(source[i])
+        elif step == 0:
+            value = convert(_peek(address, like))
+            for i in range(line.size):
+                line[i] = value
         else:
             for i in range(line.size):
                 line[i] = convert(_peek(address + i * step, like))
@@ -313,7 +319,7 @@ _read_half, _write_half = _reader("half", np.uint16(0), _of_half), _writer("half
 _read_bfloat, _write_bfloat = _reader("bfloat", np.uint16(0), _of_bfloat), _writer("bfloat", np.uint16(0), _to_bfloat)
 _read_single, _write_single = _reader("single", np.float32(0), _same), _writer("single", np.float32(0), _same)
 _read_double, _write_double = _reader("double", np.float64(0), _same), _writer("double", np.float64(0), _same)
-_read_bool = _reader("bool", np.uint8(0), _of_bool)
+_read_bool, _read_byte = _reader("bool", np.uint8(0), _of_bool), _reader("byte", np.uint8(0), _same)
 _read_bits, _write_bits = _reader("bits", np.uint16(0), _same), _writer("bits", np.uint16(0), _same)
 
 
@@ -334,6 +340,10 @@ def _read_halves(address, step, kind, line):
     _read_bits(address, step, line)
 
 
+def _read_bools(address, step, kind, line):
+    _read_byte(address, step, line)
+
+
 def _write_numbers(line, address, step, kind):
     if kind == FLOAT32:
         _write_single(line, address, step)
@@ -350,12 +360,12 @@ def _write_halves(line, address, step, kind):
 
 
 def read(address, step, kind, line):
-    """Fill a line with elements of a kind, `step` bytes apart; a line of halves with such halves."""
+    """Fill a line with elements of a kind, `step` bytes apart; a line of halves or bools with such halves or bools."""
 
 
 @overload(read, jit_options=PART)
 def _read(address, step, kind, line):
-    return _read_halves if line.dtype in HALVES else _read_numbers
+    return _read_halves if line.dtype in HALVES else _read_bools if line.dtype == types.uint8 else _read_numbers
 
 
 def write(line, address, step, kind):
@@ -370,7 +380,7 @@ def _write(line, address, step, kind):
 @intrinsic
 def _native_kind(typingctx, buffer):
     """The kind of the elements of a buffer."""
-    kind = {types.int16: FLOAT16, types.uint16: BFLOAT16, types.float32: FLOAT32, types.float64: FLOAT64}[buffer.dtype]
+    kind = _KINDS[buffer.dtype]
 
     def codegen(context, builder, signature, args):
         return context.get_constant(types.int64, kind)
@@ -391,7 +401,7 @@ def _is_tile(address, steps, columns, kind, buffer):
 @machinery
 def tile_of(buffer, columns):
     """A buffer as a tile: (address, bytes from line to line)."""
-    return buffer.ctypes.data, columns * buffer.itemsize
+    return np.int64(buffer.ctypes.data), columns * buffer.itemsize
 
 
 @machinery

@@ -7,9 +7,12 @@ The deviations of each tile from a center are summed, in float64::
 
 E[x²] − E[x]² (a center of 0) is never formed. In tiles of float32 the center is the tile's first value. Deviations of
 float32 values are exact in float64 (but for scales 2²⁹ apart), and because the center is one of the n values, at most
-log₂ n ≤ 14 of the 53 bits of m2 cancel: where it is the one outlier; else a few. In tiles of float64, and under
-weights, the center is the mean, found first (Chan, Golub and LeVeque, "Algorithms for computing the sample variance",
-1983: the corrected two-pass algorithm), which takes 1.5 times as long.
+log₂ n ≤ 14 of the 53 bits of m2 cancel: where it is the one outlier; else a few. In tiles of float64 the center is the
+mean, found first (Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983: the corrected two-pass
+algorithm), which takes 1.5 times as long.
+
+With weights w the sums are Σ w · (x − center) and so on, n is Σ w, and the center is the first value whose weight is
+not 0. That weight may be small; where more than 8 bits of m2 would cancel, the sums are made again around the mean.
 
 Tiles of half precision are summed in float32, with two of its 24 bits to spare: from the nearest half to the mean of a
 quarter of the tile's values, which costs m2 two bits at the most (Σ over a part ≤ √(part · m2)). Where a sum of squares
@@ -48,7 +51,7 @@ from bnarray.kernels.cpu.compiled import (
     table,
 )
 from bnarray.kernels.cpu.lanes import MOST, clear, panel, panels, total, width_of
-from bnarray.kernels.cpu.memory import HALVES, carve, carve_rows, item_of, line, load, narrow, room_in, widen
+from bnarray.kernels.cpu.memory import HALVES, carve, carve_rows, item_of, line, load, narrow, room_in, tile_of, widen
 from bnarray.kernels.cpu.walk import TILE, WIDTH, address_of, carve_place, steps_of, tiles
 from bnarray.kernels.merge import merge
 
@@ -63,6 +66,9 @@ _SMALL, _LARGE = 2.0**-80, 2.0**100
 # Lines of halves that are summed in float32 before the next ones are in float64. Where values repeat, each of the 16
 # additions may round the same way: 5e-7 in all. (64 of them were off by 6e-6.)
 LINES = 64
+
+#: Lines of a masked tile that are copied before they are summed, in the nearest cache.
+STRIP = 16
 
 
 @machinery
@@ -134,26 +140,91 @@ def _add_deviations(tile, rows, columns, like, center, drift, m2):
 
 
 @mapping
-def _add_weighted(tile, weights, rows, columns, like, count, center):
-    """count += Σ w,  center += Σ w · x; elements of weight 0 are not looked at, be they NaN."""
-    counts, sums = count[:columns], center[:columns]
-    for row in range(rows):
-        x, w = line(tile[0], tile[1], row, columns, like), line(weights[0], weights[1], row, columns, 0.0)
-        for j in range(sums.size):
-            counts[j] += w[j]
-            sums[j] += w[j] * widen(x[j]) if w[j] != 0 else 0.0
+def _add_products(tile, weights, rows, columns, like, heavy, center, count, drift, m2):
+    """count += Σ w,  drift += Σ w · (x − center),  m2 += Σ w · (x − center)²
+
+    Elements of weight 0 are not looked at, be they NaN.
+    """
+    middle, counts, drifts, squares = center[:columns], count[:columns], drift[:columns], m2[:columns]
+    (x, down), (w, w_down) = tile, weights
+    for row in range(0, rows - 3, 4):
+        a, b = line(x, down, row, columns, like), line(x, down, row + 1, columns, like)
+        c, d = line(x, down, row + 2, columns, like), line(x, down, row + 3, columns, like)
+        p, q = line(w, w_down, row, columns, heavy), line(w, w_down, row + 1, columns, heavy)
+        r, s = line(w, w_down, row + 2, columns, heavy), line(w, w_down, row + 3, columns, heavy)
+        for j in range(middle.size):
+            wa, wb, wc, wd = np.float64(p[j]), np.float64(q[j]), np.float64(r[j]), np.float64(s[j])
+            da, db = widen(a[j]) - middle[j], widen(b[j]) - middle[j]
+            dc, dd = widen(c[j]) - middle[j], widen(d[j]) - middle[j]
+            da, db = da if wa != 0 else 0.0, db if wb != 0 else 0.0
+            dc, dd = dc if wc != 0 else 0.0, dd if wd != 0 else 0.0
+            ga, gb, gc, gd = wa * da, wb * db, wc * dc, wd * dd
+            counts[j] += (wa + wb) + (wc + wd)
+            drifts[j] += (ga + gb) + (gc + gd)
+            squares[j] += (ga * da + gb * db) + (gc * dc + gd * dd)
+    for row in range(rows - rows % 4, rows):
+        a, p = line(x, down, row, columns, like), line(w, w_down, row, columns, heavy)
+        for j in range(middle.size):
+            weight = np.float64(p[j])
+            deviation = widen(a[j]) - middle[j]
+            deviation = deviation if weight != 0 else 0.0
+            counts[j] += weight
+            drifts[j] += weight * deviation
+            squares[j] += weight * deviation * deviation
 
 
 @mapping
-def _add_weighted_deviations(tile, weights, rows, columns, like, center, drift, m2):
-    """drift += Σ w · (x − center),  m2 += Σ w · (x − center)²"""
-    middle, drifts, squares = center[:columns], drift[:columns], m2[:columns]
+def _choose(tile, mask, rows, columns, like, filler, count, chosen):
+    """Copy x where it counts, and elsewhere the filler;  count += Σ mask"""
+    counts, filling = count[:columns], filler[:columns]
     for row in range(rows):
-        x, w = line(tile[0], tile[1], row, columns, like), line(weights[0], weights[1], row, columns, 0.0)
-        for j in range(middle.size):
-            deviation = widen(x[j]) - middle[j] if w[j] != 0 else 0.0
-            drifts[j] += w[j] * deviation
-            squares[j] += w[j] * deviation * deviation
+        x, m = line(tile[0], tile[1], row, columns, like), line(mask[0], mask[1], row, columns, np.uint8(0))
+        copy = chosen[row * columns : (row + 1) * columns]
+        for j in range(filling.size):
+            value, other, counting = x[j], filling[j], m[j] != 0
+            copy[j] = value if counting else other
+            counts[j] += np.int32(counting)
+
+
+def _add_masked(tile, weights, rows, columns, like, heavy, center, count, drift, m2, room):
+    filler, chosen, counts = room
+    for j in range(columns):
+        filler[j] = narrow(center[j], like)
+        counts[j] = 0
+    for row in range(0, rows, STRIP):
+        lines = min(STRIP, rows - row)
+        x, mask = (tile[0] + row * tile[1], tile[1]), (weights[0] + row * weights[1], weights[1])
+        _choose(x, mask, lines, columns, like, filler, counts, chosen)
+        _add_deviations(tile_of(chosen, columns), lines, columns, like, center, drift, m2)
+    for j in range(columns):
+        count[j] += counts[j]
+
+
+def _add_weighted(tile, weights, rows, columns, like, heavy, center, count, drift, m2, room):
+    _add_products(tile, weights, rows, columns, like, heavy, center, count, drift, m2)
+
+
+def add_counted(tile, weights, rows, columns, like, heavy, center, count, drift, m2, room):
+    """Add Σ w, Σ w · (x − center) and Σ w · (x − center)² of a tile.
+
+    Where w is a mask, what does not count is replaced by the center; the rest is as without a mask, and took two
+    thirds of the time that products take.
+    """
+
+
+@overload(add_counted, jit_options=PART)
+def _add_counted(tile, weights, rows, columns, like, heavy, center, count, drift, m2, room):
+    return _add_masked if heavy == types.uint8 else _add_weighted
+
+
+@machinery
+def carve_choice(room, width, like, heavy):
+    """What `add_counted` needs besides sums, and the room that is left."""
+    is_mask = item_of(heavy) == 1
+    filler, room = carve(room, width if is_mask else 0, like)
+    chosen, room = carve(room, STRIP * width if is_mask else 0, like)
+    counts, room = carve(room, width if is_mask else 0, np.int32(0))
+    return (filler, chosen, counts), room
 
 
 @machinery
@@ -161,7 +232,7 @@ def _fold(c, n, center, drift, square, count, shift, offset, m2):
     """Merge a tile's sums into feature c's moments, whose mean is shift + offset."""
     if count[c] == 0:
         shift[c] = center
-    tile_m2 = square - drift * drift / n
+    tile_m2 = square - drift * (drift / n)  # its square may be beyond float64
     tile_m2 = 0.0 if tile_m2 < 0 else tile_m2  # what rounding takes below zero; NaN stays
     tile_offset = center - shift[c] + drift / n
     count[c], offset[c], m2[c] = merge_scalars(count[c], offset[c], m2[c], n, tile_offset, tile_m2)
@@ -189,7 +260,7 @@ def _sum_rows(tile, rows, columns, like, sums, is_corrected):
 
 
 def _fold_rows(tile, rows, columns, like, count, shift, offset, m2, sums):
-    found = _sum_rows(tile, rows, columns, like, sums[1], item_of(like) == 8)
+    found = _sum_rows(tile, rows, columns, like, sums[1], _is_corrected(like))
     _fold(0, np.float64(rows * columns), *found, count, shift, offset, m2)
 
 
@@ -217,25 +288,57 @@ def _fold_rows_of(tile, rows, columns, like, count, shift, offset, m2, sums):
 
 
 @machinery
-def _fold_weighted_rows(tile, weights, rows, columns, like, count, shift, offset, m2, sums):
+def _first_that_counts(tile, weights, rows, columns, like, heavy):
+    for row in range(rows):
+        x, w = line(tile[0], tile[1], row, columns, like), line(weights[0], weights[1], row, columns, heavy)
+        for j in range(columns):
+            if w[j] != 0:
+                return np.float64(widen(x[j]))
+    return 0.0
+
+
+@machinery
+def _is_corrected(like):
+    """Whether the center has to be the mean."""
+    return item_of(like) == 8
+
+
+@machinery
+def _is_weighted(heavy):
+    return item_of(heavy) != 1
+
+
+@machinery
+def _is_far(n, drift, square):
+    """Whether more than 8 bits of m2 cancel, because the center is far from the mean."""
+    return drift * (drift / n) > square * (1 - 2.0**-8)
+
+
+@machinery
+def _sum_weighted_rows(tile, weights, rows, columns, like, heavy, sums, choice, middle):
+    """Return (Σ w, Σ w · (x − center), Σ w · (x − center)²) of a tile of one feature."""
     center, drift, square, counts = sums[0], sums[1], sums[2], sums[3]
-    item, width = item_of(like), width_of(columns)
-    clear(center, width)
+    item, heavy_item, width = item_of(like), item_of(heavy), width_of(columns)
+    center[:width] = middle
     clear(drift, width)
     clear(square, width)
     clear(counts, width)
     for row, begin, lines, length in panels(rows, columns):
-        part, part_weights = panel(tile, columns, row, begin, item), panel(weights, columns, row, begin, 8)
-        _add_weighted(part, part_weights, lines, length, like, counts, center)
-    n = total(counts, width)
+        part, part_weights = panel(tile, columns, row, begin, item), panel(weights, columns, row, begin, heavy_item)
+        add_counted(part, part_weights, lines, length, like, heavy, center, counts, drift, square, choice)
+    return total(counts, width), total(drift, width), total(square, width)
+
+
+@machinery
+def _fold_weighted_rows(tile, weights, rows, columns, like, heavy, count, shift, offset, m2, sums, choice):
+    center = _first_that_counts(tile, weights, rows, columns, like, heavy)
+    n, drift, square = _sum_weighted_rows(tile, weights, rows, columns, like, heavy, sums, choice, center)
     if n == 0:
         return
-    middle = total(center, width) / n
-    center[:width] = middle
-    for row, begin, lines, length in panels(rows, columns):
-        part, part_weights = panel(tile, columns, row, begin, item), panel(weights, columns, row, begin, 8)
-        _add_weighted_deviations(part, part_weights, lines, length, like, center, drift, square)
-    _fold(0, n, middle, total(drift, width), total(square, width), count, shift, offset, m2)
+    if _is_corrected(like) or (_is_weighted(heavy) and _is_far(n, drift, square)):
+        center += drift / n
+        n, drift, square = _sum_weighted_rows(tile, weights, rows, columns, like, heavy, sums, choice, center)
+    _fold(0, n, center, drift, square, count, shift, offset, m2)
 
 
 @machinery
@@ -296,7 +399,7 @@ def _fold_all(n, center, drift, square, count, shift, offset, m2):
 
 def _fold_columns(tile, rows, columns, like, count, shift, offset, m2, sums):
     exact = sums[1]
-    _sum_columns(tile, rows, columns, like, exact, item_of(like) == 8)
+    _sum_columns(tile, rows, columns, like, exact, _is_corrected(like))
     found = exact[0, :columns], exact[1, :columns], exact[2, :columns]
     _fold_all(np.float64(rows), *found, count, shift, offset, m2)
 
@@ -325,42 +428,91 @@ def _fold_columns_of(tile, rows, columns, like, count, shift, offset, m2, sums):
 
 
 @machinery
-def _fold_weighted_columns(tile, weights, rows, columns, like, count, shift, offset, m2, sums):
+def _firsts_that_count(tile, weights, rows, columns, like, heavy, center, found):
+    center[:], found[:] = 0, 0
+    missing, row = columns, 0
+    while missing > 0 and row < rows:
+        x, w = line(tile[0], tile[1], row, columns, like), line(weights[0], weights[1], row, columns, heavy)
+        for j in range(columns):
+            is_first = w[j] != 0 and found[j] == 0
+            center[j] = widen(x[j]) if is_first else center[j]
+            found[j] = 1 if is_first else found[j]
+            missing -= 1 if is_first else 0
+        row += 1
+
+
+@machinery
+def _center_again(counts, center, drift, square, every):
+    """Move centers that are far from the mean (or every one) to it. Return whether there were any."""
+    moved = False
+    for j in range(center.size):
+        if counts[j] != 0 and (every or _is_far(counts[j], drift[j], square[j])):
+            center[j] += drift[j] / counts[j]
+            moved = True
+    return moved
+
+
+@machinery
+def _finish_weighted(counts, center, drift, square, shift):
+    for j in range(drift.size):
+        mean_drift = drift[j] / counts[j] if counts[j] != 0 else 0.0
+        m2 = square[j] - drift[j] * mean_drift
+        square[j] = 0.0 if m2 < 0 else m2
+        drift[j] = center[j] - shift[j] + mean_drift if counts[j] != 0 else 0.0
+
+
+@machinery
+def _merge_weighted(count, offset, m2, counts, other_offset, other_m2):
+    for j in range(m2.size):
+        count[j], offset[j], m2[j] = merge_scalars(count[j], offset[j], m2[j], counts[j], other_offset[j], other_m2[j])
+
+
+@machinery
+def _fold_weighted_columns(tile, weights, rows, columns, like, heavy, count, shift, offset, m2, sums, choice):
     center, drift, square, counts = sums[0, :columns], sums[1, :columns], sums[2, :columns], sums[3, :columns]
-    sums[:, :columns] = 0
-    _add_weighted(tile, weights, rows, columns, like, counts, center)
+    _firsts_that_count(tile, weights, rows, columns, like, heavy, center, counts)
+    drift[:], square[:], counts[:] = 0, 0, 0
+    add_counted(tile, weights, rows, columns, like, heavy, center, counts, drift, square, choice)
+    every = _is_corrected(like)
+    if (every or _is_weighted(heavy)) and _center_again(counts, center, drift, square, every):
+        drift[:], square[:], counts[:] = 0, 0, 0
+        add_counted(tile, weights, rows, columns, like, heavy, center, counts, drift, square, choice)
     for j in range(columns):
-        center[j] = center[j] / counts[j] if counts[j] != 0 else 0.0
-    _add_weighted_deviations(tile, weights, rows, columns, like, center, drift, square)
-    for j in range(columns):
-        if counts[j] != 0:
-            _fold(j, counts[j], center[j], drift[j], square[j], count, shift, offset, m2)
+        shift[j] = center[j] if count[j] == 0 else shift[j]
+    _finish_weighted(counts, center, drift, square, shift)
+    _merge_weighted(count, offset, m2, counts, drift, square)
 
 
 @cache
-def kernel(dtype, is_columns, weighted):
-    """Make the kernel that leaves (count, shift, offset, m2) of each group of chunks in rows of its last arguments."""
+def kernel(dtype, is_columns, weight_type):
+    """Make the kernel that leaves (count, shift, offset, m2) of each group of chunks in rows of its last arguments.
+
+    Weights, if any, come in tiles of a type of their own.
+    """
     fold = fold_columns if is_columns else fold_rows
     fold_weighted = _fold_weighted_columns if is_columns else _fold_weighted_rows
 
-    like = dtype(0)
+    like, weighted = dtype(0), weight_type is not None
+    heavy = weight_type(0) if weighted else 0.0
 
     def moments(counter, scratch, grid, axes, x, x_kind, where, where_kind, count, shift, offset, m2):
         place, room = carve_place(room_in(scratch), axes)
         values, room = carve(room, grid[TILE], like)
-        weights, room = carve(room, grid[TILE] if weighted else 0, 0.0)
+        weights, room = carve(room, grid[TILE] if weighted else 0, heavy)
         sums, room = carve_sums(room, max(grid[WIDTH], MOST), like)
+        choice, room = carve_choice(room, max(grid[WIDTH], MOST), like, heavy)
         for group, rows, columns, first, last in tiles(counter, grid, axes, place):
             into = count[group, first:last], shift[group, first:last], offset[group, first:last], m2[group, first:last]
             x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, x_kind, values)
             if weighted:
                 w_at = address_of(where, axes, 2, place)
                 w_tile = load(w_at, steps_of(axes, 2), rows, columns, where_kind, weights)
-                fold_weighted(x_tile, w_tile, rows, columns, like, *into, sums[1])
+                fold_weighted(x_tile, w_tile, rows, columns, like, heavy, *into, sums[1], choice)
             else:
                 fold(x_tile, rows, columns, like, *into, sums)
 
-    name = f"{'weighted_' * weighted}moments_{'columns' if is_columns else 'rows'}_{dtype.__name__}"
+    weights_name = f"weighted_{weight_type.__name__}_" if weighted else ""
+    name = f"{weights_name}moments_{'columns' if is_columns else 'rows'}_{dtype.__name__}"
     addresses = (index, index, index, index)
     return Kernel(
         name, types.void(counter, scratch, indices, table, *addresses, partials, partials, partials, partials), moments

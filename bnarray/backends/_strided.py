@@ -26,6 +26,7 @@ from bnarray.kernels.cpu import (
     pool,
 )
 from bnarray.kernels.cpu.compiled import Kernel
+from bnarray.kernels.cpu.gate import RELU_ONTO
 from bnarray.kernels.cpu.lanes import MOST
 from bnarray.kernels.cpu.memory import NOWHERE
 from bnarray.kernels.cpu.walk import FAMILY, WIDTH
@@ -318,7 +319,10 @@ def grad_sums_step(
     guide: tuple[Strides, ...],
     *strides: Strides,
 ) -> Step:
-    return _step(grad_sums.kernel, (gate,), memory.ELEMENTS[kind], shape, kept, strides, tiles=2 + gate, guide=guide)
+    return _step(
+        grad_sums.kernel, (gate,), memory.ELEMENTS[kind], shape, kept, strides,
+        tiles=3 if gate == RELU_ONTO else 2, lines=grad_sums.LANES, guide=guide,
+    )  # fmt: skip
 
 
 def find_grad_sums(dy: Memory, x: Memory, transform: Transform, residual: Memory | None) -> tuple[Vector, Vector]:
@@ -349,7 +353,7 @@ def backward_step(
         return None
     alone = grad_sums_step(kind, shape, kept, gate, (), x_strides, dy_strides, x_strides)
     joint = _step(
-        backward.kernel, (gate,), memory.ELEMENTS[kind], shape, kept, strides, tiles=3 + gate,
+        backward.kernel, (gate,), memory.ELEMENTS[kind], shape, kept, strides, tiles=3, lines=grad_sums.LANES,
         vectors=coefficients.VECTORS + 2 + 2 * alone.groups if alone.grid[FAMILY] == COLUMNS else 1,
     )  # fmt: skip
     return _joint(alone, shape, joint, 2 * prod(shape) // joint.features * _item(kind) <= CACHED_BACKWARD)
@@ -375,7 +379,8 @@ def grad_input_step(
 ) -> Step:
     return _step(
         grad_input.kernel, (gate, statistics), memory.ELEMENTS[kind], shape, kept, strides,
-        tiles=3 + gate + (statistics == grad_input.WEIGHTED), vectors=coefficients.VECTORS + 2, element_wise=True,
+        tiles=(5 if gate == RELU_ONTO else 3) + (statistics == grad_input.WEIGHTED),
+        vectors=coefficients.VECTORS + 2, element_wise=True,
     )  # fmt: skip
 
 

@@ -21,13 +21,12 @@ from bnarray.kernels.cpu.coefficients import (
     fill,
     of_features,
 )
-from bnarray.kernels.cpu.compiled import Kernel, counter, index, indices, machinery, named, results, scratch, table
-from bnarray.kernels.cpu.gate import OPEN, gate_columns, gate_rows
+from bnarray.kernels.cpu.compiled import Kernel, counter, index, indices, machinery, results, scratch, table
+from bnarray.kernels.cpu.gate import GATES
 from bnarray.kernels.cpu.grad_input import batch_columns, batch_rows, fill_slopes
-from bnarray.kernels.cpu.grad_sums import add_columns, add_rows
+from bnarray.kernels.cpu.grad_sums import add_columns, add_rows, carve_sums_and_lanes
 from bnarray.kernels.cpu.lanes import MOST
-from bnarray.kernels.cpu.memory import arithmetic, carve, carve_rows, load, room_in, store, target, tile_of
-from bnarray.kernels.cpu.moments import carve_sums
+from bnarray.kernels.cpu.memory import arithmetic, carve, carve_rows, load, room_in, store, target
 from bnarray.kernels.cpu.pool import NEXT, REFUSED, take
 from bnarray.kernels.cpu.walk import (
     CHUNKS,
@@ -46,24 +45,15 @@ from bnarray.kernels.cpu.walk import (
 # Operands 1, 2, 3 of the axes are x, dy and dx.
 
 
-@cache
-def _passing(gate, is_columns):
-    """A function that loads the tiles of x and of what passes the gate."""
-    pass_gate = gate_columns if is_columns else gate_rows
-
-    def load_both(x, dy, kind, dy_kind, axes, place, rows, columns, like, of, values, gradients, gated):
-        x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
-        dz_tile = load(address_of(dy, axes, 2, place), steps_of(axes, 2), rows, columns, dy_kind, gradients)
-        if gate != OPEN:
-            pass_gate(dz_tile, x_tile, gated, rows, columns, like, of)
-            dz_tile = tile_of(gated, columns)
-        return x_tile, dz_tile
-
-    return machinery(named(f"load_both_{gate}_{is_columns}", load_both))
+@machinery
+def _load_both(x, dy, kind, dy_kind, axes, place, rows, columns, values, gradients):
+    x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
+    return x_tile, load(address_of(dy, axes, 2, place), steps_of(axes, 2), rows, columns, dy_kind, gradients)
 
 
 def _rows(dtype, gate):
-    like, real, single, load_both = dtype(0), arithmetic(dtype), dtype is not np.float64, _passing(gate, False)
+    like, real, single = dtype(0), arithmetic(dtype), dtype is not np.float64
+    mark = GATES[gate]
 
     def backward(
         counter, scratch, grid, axes, x, dy, dx, kind, dy_kind,
@@ -72,9 +62,8 @@ def _rows(dtype, gate):
         place, room = carve_place(room_in(scratch), axes)
         values, room = carve(room, grid[TILE], like)
         gradients, room = carve(room, grid[TILE], like)
-        gated, room = carve(room, 0 if gate == OPEN else grid[TILE], like)
         written, room = carve(room, grid[TILE], like)
-        sums, room = carve_sums(room, MOST, like)
+        work, room = carve_sums_and_lanes(room, MOST, like, real)
         part, room = carve_rows(room, 2, 1, 0.0)
         common, room = carve(room, 1, real)
         slope, room = carve(room, 1, real)
@@ -89,10 +78,9 @@ def _rows(dtype, gate):
                 part[:] = 0
                 for chunk in range(first, min(first + grid[CHUNKS_PER_GROUP], grid[CHUNKS])):
                     rows, columns = place_chunk(grid, axes, chunk, place), place_span(grid, axes, c, place)[0]
-                    x_tile, dz_tile = load_both(
-                        x, dy, kind, dy_kind, axes, place, rows, columns, like, of, values, gradients, gated
-                    )
-                    add_rows(dz_tile, x_tile, rows, columns, like, mean[own], part[0], part[1], sums)
+                    x_tile, dy_tile = _load_both(x, dy, kind, dy_kind, axes, place, rows, columns, values, gradients)
+                    tiled = dy_tile, x_tile, x_tile, rows, columns
+                    add_rows(mark, *tiled, like, of_features(of, 0, 1), mean[own], part[0], part[1], work)
                 sum_dz[c] += part[0, 0]
                 sum_dz_x[c] += part[1, 0]
             sum_dz_x[c] *= of[3][0]
@@ -102,12 +90,11 @@ def _rows(dtype, gate):
                 counter[REFUSED] = 1
             for chunk in range(grid[CHUNKS]):
                 rows, columns = place_chunk(grid, axes, chunk, place), place_span(grid, axes, c, place)[0]
-                x_tile, dz_tile = load_both(
-                    x, dy, kind, dy_kind, axes, place, rows, columns, like, of, values, gradients, gated
-                )
+                x_tile, dy_tile = _load_both(x, dy, kind, dy_kind, axes, place, rows, columns, values, gradients)
                 dx_at, dx_steps = address_of(dx, axes, 3, place), steps_of(axes, 3)
                 dx_tile = target(dx_at, dx_steps, rows, columns, kind, written, False)
-                batch_rows(dz_tile, x_tile, x_tile, dx_tile, rows, columns, like, of, common, slope)
+                tiled = dy_tile, x_tile, x_tile, x_tile, dx_tile, dx_tile, rows, columns
+                batch_rows(mark, *tiled, like, of_features(of, 0, 1), common, slope)
                 store(dx_at, dx_steps, rows, columns, kind, written, dx_tile[0])
             c = take(counter)
 
@@ -115,7 +102,8 @@ def _rows(dtype, gate):
 
 
 def _columns(dtype, gate):
-    like, real, single, load_both = dtype(0), arithmetic(dtype), dtype is not np.float64, _passing(gate, True)
+    like, real, single = dtype(0), arithmetic(dtype), dtype is not np.float64
+    mark = GATES[gate]
 
     def backward(
         counter, scratch, grid, axes, x, dy, dx, kind, dy_kind,
@@ -124,9 +112,8 @@ def _columns(dtype, gate):
         place, room = carve_place(room_in(scratch), axes)
         values, room = carve(room, grid[TILE], like)
         gradients, room = carve(room, grid[TILE], like)
-        gated, room = carve(room, 0 if gate == OPEN else grid[TILE], like)
         written, room = carve(room, grid[TILE], like)
-        sums, room = carve_sums(room, max(grid[WIDTH], MOST), like)
+        work, room = carve_sums_and_lanes(room, max(grid[WIDTH], MOST), like, real)
         groups = (grid[CHUNKS] + grid[CHUNKS_PER_GROUP] - 1) // grid[CHUNKS_PER_GROUP]
         plain, room = carve_rows(room, groups, mean.size, 0.0)
         product, room = carve_rows(room, groups, mean.size, 0.0)
@@ -137,11 +124,10 @@ def _columns(dtype, gate):
         plain[:], product[:] = 0, 0
         for group, rows, columns, first, last in tiles(counter, grid, axes, place):
             of = of_features(of_all, first, last)
-            x_tile, dz_tile = load_both(
-                x, dy, kind, dy_kind, axes, place, rows, columns, like, of, values, gradients, gated
-            )
+            x_tile, dy_tile = _load_both(x, dy, kind, dy_kind, axes, place, rows, columns, values, gradients)
             into = plain[group, first:last], product[group, first:last]
-            add_columns(dz_tile, x_tile, rows, columns, like, mean[first:last], *into, sums)
+            tiled = dy_tile, x_tile, x_tile, rows, columns
+            add_columns(mark, *tiled, like, of, mean[first:last], *into, work)
         for c in range(mean.size):
             sum_dz[c], sum_dz_x[c] = 0, 0
             for group in range(groups):
@@ -155,13 +141,12 @@ def _columns(dtype, gate):
         counter[NEXT] = 0
         for _, rows, columns, first, last in tiles(counter, grid, axes, place):
             of = of_features(of_all, first, last)
-            x_tile, dz_tile = load_both(
-                x, dy, kind, dy_kind, axes, place, rows, columns, like, of, values, gradients, gated
-            )
+            x_tile, dy_tile = _load_both(x, dy, kind, dy_kind, axes, place, rows, columns, values, gradients)
             dx_at, dx_steps = address_of(dx, axes, 3, place), steps_of(axes, 3)
             dx_tile = target(dx_at, dx_steps, rows, columns, kind, written, False)
             of_sums = common[first:last], slope[first:last]
-            batch_columns(dz_tile, x_tile, x_tile, dx_tile, rows, columns, like, of, *of_sums)
+            tiled = dy_tile, x_tile, x_tile, x_tile, dx_tile, dx_tile, rows, columns
+            batch_columns(mark, *tiled, like, of, *of_sums)
             store(dx_at, dx_steps, rows, columns, kind, written, dx_tile[0])
 
     return backward

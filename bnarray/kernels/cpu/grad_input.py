@@ -40,16 +40,8 @@ from bnarray.kernels.cpu.compiled import (
     table,
     vector,
 )
-from bnarray.kernels.cpu.gate import (
-    OPEN,
-    RELU_ONTO,
-    gate_columns,
-    gate_columns_onto,
-    gate_rows,
-    gate_rows_onto,
-)
+from bnarray.kernels.cpu.gate import GATES, OPEN, RELU_ONTO, keep, passing
 from bnarray.kernels.cpu.memory import (
-    NOWHERE,
     arithmetic,
     carve,
     line,
@@ -79,65 +71,87 @@ def _sums_of_line(common, slope, row):
 
 
 @mapping
-def _constant_rows(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
+def _constant_rows(gate, dy_tile, x_tile, r_tile, w_tile, dx_tile, dr_tile, rows, columns, like, of, common, slope):
     for row in range(rows):
-        scale = of_line(of, row)[1]
-        dz, dx = line(dz_tile[0], dz_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
-        for i in range(dz.size):
-            dx[i] = narrow(scale * widen(dz[i]), like)
+        center, scale, shift = of_line(of, row)
+        dy, dx = line(dy_tile[0], dy_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
+        x, r = line(x_tile[0], x_tile[1], row, columns, like), line(r_tile[0], r_tile[1], row, columns, like)
+        dr = line(dr_tile[0], dr_tile[1], row, columns, like)
+        for i in range(dx.size):
+            dz = passing(gate, widen(dy[i]), widen(x[i]), widen(r[i]), center, scale, shift)
+            keep(gate, dz, dr, i, like)
+            dx[i] = narrow(scale * dz, like)
 
 
 @mapping
-def batch_rows(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
+def batch_rows(gate, dy_tile, x_tile, r_tile, w_tile, dx_tile, dr_tile, rows, columns, like, of, common, slope):
     for row in range(rows):
-        center, scale, _ = of_line(of, row)
+        center, scale, shift = of_line(of, row)
         mean_dz, steep = _sums_of_line(common, slope, row)
-        dz, dx = line(dz_tile[0], dz_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
-        x = line(x_tile[0], x_tile[1], row, columns, like)
-        for i in range(dz.size):
-            dx[i] = narrow(scale * ((widen(dz[i]) - mean_dz) - (widen(x[i]) - center) * steep), like)
+        dy, dx = line(dy_tile[0], dy_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
+        x, r = line(x_tile[0], x_tile[1], row, columns, like), line(r_tile[0], r_tile[1], row, columns, like)
+        dr = line(dr_tile[0], dr_tile[1], row, columns, like)
+        for i in range(dx.size):
+            dz = passing(gate, widen(dy[i]), widen(x[i]), widen(r[i]), center, scale, shift)
+            keep(gate, dz, dr, i, like)
+            dx[i] = narrow(scale * ((dz - mean_dz) - (widen(x[i]) - center) * steep), like)
 
 
 @mapping
-def _weighted_rows(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
+def _weighted_rows(gate, dy_tile, x_tile, r_tile, w_tile, dx_tile, dr_tile, rows, columns, like, of, common, slope):
     for row in range(rows):
-        center, scale, _ = of_line(of, row)
+        center, scale, shift = of_line(of, row)
         mean_dz, steep = _sums_of_line(common, slope, row)
-        dz, dx = line(dz_tile[0], dz_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
-        x, w = line(x_tile[0], x_tile[1], row, columns, like), line(w_tile[0], w_tile[1], row, columns, scale)
-        for i in range(dz.size):
+        dy, dx = line(dy_tile[0], dy_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
+        x, r = line(x_tile[0], x_tile[1], row, columns, like), line(r_tile[0], r_tile[1], row, columns, like)
+        dr = line(dr_tile[0], dr_tile[1], row, columns, like)
+        w = line(w_tile[0], w_tile[1], row, columns, scale)
+        for i in range(dx.size):
+            dz = passing(gate, widen(dy[i]), widen(x[i]), widen(r[i]), center, scale, shift)
+            keep(gate, dz, dr, i, like)
             share = w[i] * (mean_dz + (widen(x[i]) - center) * steep)
-            dx[i] = narrow(scale * (widen(dz[i]) - share if w[i] != 0 else widen(dz[i])), like)
+            dx[i] = narrow(scale * (dz - share if w[i] != 0 else dz), like)
 
 
 @mapping
-def _constant_columns(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
-    scale = of[1]
+def _constant_columns(gate, dy_tile, x_tile, r_tile, w_tile, dx_tile, dr_tile, rows, columns, like, of, common, slope):
+    center, scale, shift = of
     for row in range(rows):
-        dz, dx = line(dz_tile[0], dz_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
-        for j in range(dz.size):
-            dx[j] = narrow(scale[j] * widen(dz[j]), like)
+        dy, dx = line(dy_tile[0], dy_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
+        x, r = line(x_tile[0], x_tile[1], row, columns, like), line(r_tile[0], r_tile[1], row, columns, like)
+        dr = line(dr_tile[0], dr_tile[1], row, columns, like)
+        for j in range(dx.size):
+            dz = passing(gate, widen(dy[j]), widen(x[j]), widen(r[j]), center[j], scale[j], shift[j])
+            keep(gate, dz, dr, j, like)
+            dx[j] = narrow(scale[j] * dz, like)
 
 
 @mapping
-def batch_columns(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
-    center, scale, _ = of
+def batch_columns(gate, dy_tile, x_tile, r_tile, w_tile, dx_tile, dr_tile, rows, columns, like, of, common, slope):
+    center, scale, shift = of
     for row in range(rows):
-        dz, dx = line(dz_tile[0], dz_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
-        x = line(x_tile[0], x_tile[1], row, columns, like)
-        for j in range(dz.size):
-            dx[j] = narrow(scale[j] * ((widen(dz[j]) - common[j]) - (widen(x[j]) - center[j]) * slope[j]), like)
+        dy, dx = line(dy_tile[0], dy_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
+        x, r = line(x_tile[0], x_tile[1], row, columns, like), line(r_tile[0], r_tile[1], row, columns, like)
+        dr = line(dr_tile[0], dr_tile[1], row, columns, like)
+        for j in range(dx.size):
+            dz = passing(gate, widen(dy[j]), widen(x[j]), widen(r[j]), center[j], scale[j], shift[j])
+            keep(gate, dz, dr, j, like)
+            dx[j] = narrow(scale[j] * ((dz - common[j]) - (widen(x[j]) - center[j]) * slope[j]), like)
 
 
 @mapping
-def _weighted_columns(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, common, slope):
-    center, scale, _ = of
+def _weighted_columns(gate, dy_tile, x_tile, r_tile, w_tile, dx_tile, dr_tile, rows, columns, like, of, common, slope):
+    center, scale, shift = of
     for row in range(rows):
-        dz, dx = line(dz_tile[0], dz_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
-        x, w = line(x_tile[0], x_tile[1], row, columns, like), line(w_tile[0], w_tile[1], row, columns, scale[0])
-        for j in range(dz.size):
+        dy, dx = line(dy_tile[0], dy_tile[1], row, columns, like), line(dx_tile[0], dx_tile[1], row, columns, like)
+        x, r = line(x_tile[0], x_tile[1], row, columns, like), line(r_tile[0], r_tile[1], row, columns, like)
+        dr = line(dr_tile[0], dr_tile[1], row, columns, like)
+        w = line(w_tile[0], w_tile[1], row, columns, scale[0])
+        for j in range(dx.size):
+            dz = passing(gate, widen(dy[j]), widen(x[j]), widen(r[j]), center[j], scale[j], shift[j])
+            keep(gate, dz, dr, j, like)
             share = w[j] * (common[j] + (widen(x[j]) - center[j]) * slope[j])
-            dx[j] = narrow(scale[j] * (widen(dz[j]) - share if w[j] != 0 else widen(dz[j])), like)
+            dx[j] = narrow(scale[j] * (dz - share if w[j] != 0 else dz), like)
 
 
 @machinery
@@ -171,8 +185,7 @@ _FORMULAS = {
 def kernel(dtype, is_columns, gate, statistics):
     """Make the kernel for tiles of one dtype, for one way dz follows from dy and one kind of statistics."""
     formula = _FORMULAS[statistics, is_columns]
-    pass_gate = gate_columns if is_columns else gate_rows
-    pass_gate_onto = gate_columns_onto if is_columns else gate_rows_onto
+    mark = GATES[gate]
 
     like, real, single = dtype(0), arithmetic(dtype), dtype is not np.float64
 
@@ -185,8 +198,8 @@ def kernel(dtype, is_columns, gate, statistics):
         values, room = carve(room, grid[TILE], like)
         gradients, room = carve(room, grid[TILE], like)
         results, room = carve(room, grid[TILE], like)
-        gated, room = carve(room, 0 if gate == OPEN else grid[TILE], like)
         added, room = carve(room, grid[TILE] if gate == RELU_ONTO else 0, like)
+        kept, room = carve(room, grid[TILE] if gate == RELU_ONTO else 0, like)
         weights, room = carve(room, grid[TILE] if statistics == WEIGHTED else 0, real)
         commons, room = carve(room, mean.size, real)
         slopes, room = carve(room, mean.size, real)
@@ -199,29 +212,26 @@ def kernel(dtype, is_columns, gate, statistics):
             return
         x_tile, w_tile = tile_of(values, 0), tile_of(weights, 0)
         for _, rows, columns, first, last in tiles(counter, grid, axes, place):
-            dy_at = address_of(dy, axes, 2, place)
-            dz_tile = load(dy_at, steps_of(axes, 2), rows, columns, dy_kind, gradients)
+            dy_at, dy_steps = address_of(dy, axes, 2, place), steps_of(axes, 2)
+            dx_at, dx_steps = address_of(dx, axes, 3, place), steps_of(axes, 3)
+            dr_at, dr_steps = address_of(dresidual, axes, 6, place), steps_of(axes, 6)
+            dy_tile = load(dy_at, dy_steps, rows, columns, dy_kind, gradients)
             if statistics != CONSTANT or gate != OPEN:
                 x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
+            r_tile = x_tile
+            if gate == RELU_ONTO:
+                r_tile = load(address_of(residual, axes, 5, place), steps_of(axes, 5), rows, columns, kind, added)
             if statistics == WEIGHTED:
                 w_at = address_of(where, axes, 4, place)
                 w_tile = load(w_at, steps_of(axes, 4), rows, columns, where_kind, weights)
-            of = of_features(of_all, first, last)
-            if gate != OPEN:
-                if gate == RELU_ONTO:
-                    r_at = address_of(residual, axes, 5, place)
-                    r_tile = load(r_at, steps_of(axes, 5), rows, columns, kind, added)
-                    pass_gate_onto(dz_tile, x_tile, r_tile, gated, rows, columns, like, of)
-                    dresidual_at = address_of(dresidual, axes, 6, place)
-                    store(dresidual_at, steps_of(axes, 6), rows, columns, kind, gated, NOWHERE)
-                else:
-                    pass_gate(dz_tile, x_tile, gated, rows, columns, like, of)
-                dz_tile = tile_of(gated, columns)
-            dx_at, dx_steps = address_of(dx, axes, 3, place), steps_of(axes, 3)
             dx_tile = target(dx_at, dx_steps, rows, columns, kind, results, in_place)
+            dr_tile = target(dr_at, dr_steps, rows, columns, kind, kept, gate != RELU_ONTO)
+            arrays = dy_tile, x_tile, r_tile, w_tile, dx_tile, dr_tile
             of_sums = commons[first:last], slopes[first:last]
-            formula(dz_tile, x_tile, w_tile, dx_tile, rows, columns, like, of, *of_sums)
+            formula(mark, *arrays, rows, columns, like, of_features(of_all, first, last), *of_sums)
             store(dx_at, dx_steps, rows, columns, kind, results, dx_tile[0])
+            if gate == RELU_ONTO:
+                store(dr_at, dr_steps, rows, columns, kind, kept, dr_tile[0])
 
     name = f"grad_input_{gate}_{statistics}_{'columns' if is_columns else 'rows'}_{dtype.__name__}"
     operands, sums = (index, index, index, index, index, index, index, index, index, flag), (vector, vector)

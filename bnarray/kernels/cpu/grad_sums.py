@@ -24,6 +24,7 @@ from bnarray.kernels.cpu.coefficients import (
     fill,
     invstd_of,
     of_features,
+    of_line,
 )
 from bnarray.kernels.cpu.compiled import (
     PART,
@@ -39,73 +40,87 @@ from bnarray.kernels.cpu.compiled import (
     table,
     vector,
 )
-from bnarray.kernels.cpu.gate import (
-    OPEN,
-    RELU_ONTO,
-    gate_columns,
-    gate_columns_onto,
-    gate_rows,
-    gate_rows_onto,
-)
+from bnarray.kernels.cpu.gate import GATES, RELU_ONTO, passing
 from bnarray.kernels.cpu.lanes import MOST, clear, panel, panels, total, width_of
-from bnarray.kernels.cpu.memory import HALVES, arithmetic, carve, item_of, line, load, room_in, tile_of, widen
+from bnarray.kernels.cpu.memory import HALVES, arithmetic, carve, item_of, line, load, room_in, widen
 from bnarray.kernels.cpu.moments import carve_sums
 from bnarray.kernels.cpu.pool import REFUSED
 from bnarray.kernels.cpu.walk import TILE, WIDTH, address_of, carve_place, steps_of, tiles
+
+#: Lines that hold the center, scale and shift of a tile's one feature.
+LANES = 3
 
 # Down the columns four lines at a time, so that the sums are read and written a quarter as often. In the precision of
 # what they are added to. Where dz is 0 and x is not finite NaN comes out: such a feature is summed once more.
 
 
 @mapping
-def _add(dz_tile, x_tile, rows, columns, like, mean, sum_dz, sum_dz_x):
+def _add(gate, dy_tile, x_tile, r_tile, rows, columns, like, of, mean, sum_dz, sum_dz_x):
     """sum_dz += Σ dz,  sum_dz_x += Σ dz · (x − mean)"""
-    center, plain, product, real = mean[:columns], sum_dz[:columns], sum_dz_x[:columns], mean.dtype.type
-    (dz, down), (x, x_down) = dz_tile, x_tile
+    middle, plain, product, real = mean[:columns], sum_dz[:columns], sum_dz_x[:columns], mean.dtype.type
+    center, scale, shift = of
+    (dy, down), (x, x_down), (r, r_down) = dy_tile, x_tile, r_tile
     for row in range(0, rows - 3, 4):
-        a, b = line(dz, down, row, columns, like), line(dz, down, row + 1, columns, like)
-        c, d = line(dz, down, row + 2, columns, like), line(dz, down, row + 3, columns, like)
+        a, b = line(dy, down, row, columns, like), line(dy, down, row + 1, columns, like)
+        c, d = line(dy, down, row + 2, columns, like), line(dy, down, row + 3, columns, like)
         p, q = line(x, x_down, row, columns, like), line(x, x_down, row + 1, columns, like)
-        r, s = line(x, x_down, row + 2, columns, like), line(x, x_down, row + 3, columns, like)
-        for j in range(center.size):
-            ga, gb, gc, gd = real(widen(a[j])), real(widen(b[j])), real(widen(c[j])), real(widen(d[j]))
+        t, u = line(x, x_down, row + 2, columns, like), line(x, x_down, row + 3, columns, like)
+        e, f = line(r, r_down, row, columns, like), line(r, r_down, row + 1, columns, like)
+        g, h = line(r, r_down, row + 2, columns, like), line(r, r_down, row + 3, columns, like)
+        for j in range(middle.size):
+            xa, xb, xc, xd = widen(p[j]), widen(q[j]), widen(t[j]), widen(u[j])
+            ga = real(passing(gate, widen(a[j]), xa, widen(e[j]), center[j], scale[j], shift[j]))
+            gb = real(passing(gate, widen(b[j]), xb, widen(f[j]), center[j], scale[j], shift[j]))
+            gc = real(passing(gate, widen(c[j]), xc, widen(g[j]), center[j], scale[j], shift[j]))
+            gd = real(passing(gate, widen(d[j]), xd, widen(h[j]), center[j], scale[j], shift[j]))
             plain[j] += (ga + gb) + (gc + gd)
             # One by one, so that there is one way to fuse products with sums.
-            summed = product[j] + ga * (widen(p[j]) - center[j])
-            summed += gb * (widen(q[j]) - center[j])
-            summed += gc * (widen(r[j]) - center[j])
-            product[j] = summed + gd * (widen(s[j]) - center[j])
+            summed = product[j] + ga * (xa - middle[j])
+            summed += gb * (xb - middle[j])
+            summed += gc * (xc - middle[j])
+            product[j] = summed + gd * (xd - middle[j])
     for row in range(rows - rows % 4, rows):
-        a, p = line(dz, down, row, columns, like), line(x, x_down, row, columns, like)
-        for j in range(center.size):
-            plain[j] += widen(a[j])
-            product[j] += real(widen(a[j])) * (widen(p[j]) - center[j])
+        a, p, e = (
+            line(dy, down, row, columns, like),
+            line(x, x_down, row, columns, like),
+            line(r, r_down, row, columns, like),
+        )
+        for j in range(middle.size):
+            xa = widen(p[j])
+            ga = real(passing(gate, widen(a[j]), xa, widen(e[j]), center[j], scale[j], shift[j]))
+            plain[j] += ga
+            product[j] += ga * (xa - middle[j])
 
 
 @machinery
-def _sum_again(dz_tile, x_tile, rows, columns, first, step, like, mean):
+def _sum_again(gate, dy_tile, x_tile, r_tile, rows, columns, first, step, like, of, mean):
     """Return Σ dz and Σ dz · (x − mean) of every step-th column from the first one, in float64."""
     plain, product = 0.0, 0.0
+    center, scale, shift = of
     for row in range(rows):
-        dz, x = line(*dz_tile, row, columns, like), line(*x_tile, row, columns, like)
+        dy, x = line(*dy_tile, row, columns, like), line(*x_tile, row, columns, like)
+        residual = line(*r_tile, row, columns, like)
         for j in range(first, columns, step):
-            g = np.float64(widen(dz[j]))
+            g = np.float64(passing(gate, widen(dy[j]), widen(x[j]), widen(residual[j]), center, scale, shift))
             plain += g
             product += g * (widen(x[j]) - mean) if g != 0 else 0.0
     return plain, product
 
 
 @machinery
-def _sum_rows(dz_tile, x_tile, rows, columns, like, mean, sums):
+def _sum_rows(gate, dy_tile, x_tile, r_tile, rows, columns, like, of, lanes, mean, sums):
     """Return Σ dz and Σ dz · (x − mean) of a tile of one feature, with the mean as the sums hold it."""
-    center, plain, product = sums[0], sums[1], sums[2]
+    middle, plain, product = sums[0], sums[1], sums[2]
+    center, scale, shift = lanes
     item, width = item_of(like), width_of(columns)
     clear(plain, width)
     clear(product, width)
-    center[:width] = mean
+    middle[:width] = mean
+    center[:width], scale[:width], shift[:width] = of[0][0], of[1][0], of[2][0]
     for row, begin, lines, length in panels(rows, columns):
-        dz_part, x_part = panel(dz_tile, columns, row, begin, item), panel(x_tile, columns, row, begin, item)
-        _add(dz_part, x_part, lines, length, like, center, plain, product)
+        dy_part, x_part = panel(dy_tile, columns, row, begin, item), panel(x_tile, columns, row, begin, item)
+        r_part = panel(r_tile, columns, row, begin, item)
+        _add(gate, dy_part, x_part, r_part, lines, length, like, lanes, middle, plain, product)
     return np.float64(total(plain, width)), np.float64(total(product, width))
 
 
@@ -121,79 +136,96 @@ def _is_held(plain, product):
     return abs(plain) < LARGE and abs(product) < LARGE
 
 
-def _add_rows(dz_tile, x_tile, rows, columns, like, mean, sum_dz, sum_dz_x, sums):
-    plain, product = _sum_rows(dz_tile, x_tile, rows, columns, like, mean[0], sums[1])
+def _add_rows(gate, dy_tile, x_tile, r_tile, rows, columns, like, of, mean, sum_dz, sum_dz_x, room):
+    sums, lanes = room
+    tiles = dy_tile, x_tile, r_tile
+    plain, product = _sum_rows(gate, *tiles, rows, columns, like, of, lanes, mean[0], sums[1])
     if not _is_held(plain, product):
-        plain, product = _sum_again(dz_tile, x_tile, rows, columns, 0, 1, like, mean[0])
+        plain, product = _sum_again(gate, *tiles, rows, columns, 0, 1, like, of_line(of, 0), mean[0])
     sum_dz[0] += plain
     sum_dz_x[0] += product
 
 
-def _add_rows_of_halves(dz_tile, x_tile, rows, columns, like, mean, sum_dz, sum_dz_x, sums):
-    plain, product = _sum_rows(dz_tile, x_tile, rows, columns, like, mean[0], sums[0])
+def _add_rows_of_halves(gate, dy_tile, x_tile, r_tile, rows, columns, like, of, mean, sum_dz, sum_dz_x, room):
+    sums, lanes = room
+    tiles = dy_tile, x_tile, r_tile
+    plain, product = _sum_rows(gate, *tiles, rows, columns, like, of, lanes, mean[0], sums[0])
     if _is_held(plain, product):
         product -= _rest(mean[0], sums[0][0, 0]) * plain
     else:
-        plain, product = _sum_again(dz_tile, x_tile, rows, columns, 0, 1, like, mean[0])
+        plain, product = _sum_again(gate, *tiles, rows, columns, 0, 1, like, of_line(of, 0), mean[0])
     sum_dz[0] += plain
     sum_dz_x[0] += product
 
 
-def add_rows(dz_tile, x_tile, rows, columns, like, mean, sum_dz, sum_dz_x, sums):
+def add_rows(gate, dy_tile, x_tile, r_tile, rows, columns, like, of, mean, sum_dz, sum_dz_x, room):
     """Add a tile of one feature to the feature's sums."""
 
 
 @overload(add_rows, jit_options=PART)
-def _add_rows_of(dz_tile, x_tile, rows, columns, like, mean, sum_dz, sum_dz_x, sums):
+def _add_rows_of(gate, dy_tile, x_tile, r_tile, rows, columns, like, of, mean, sum_dz, sum_dz_x, room):
     return _add_rows_of_halves if like in HALVES else _add_rows
 
 
 # Not in place: at its edges the memory of the partial results is another thread's too.
 
 
-def _add_columns(dz_tile, x_tile, rows, columns, like, mean, sum_dz, sum_dz_x, sums):
-    exact = sums[1]
+def _add_columns(gate, dy_tile, x_tile, r_tile, rows, columns, like, of, mean, sum_dz, sum_dz_x, room):
+    exact = room[0][1]
+    tiles = dy_tile, x_tile, r_tile
     exact[:2, :columns] = 0
-    _add(dz_tile, x_tile, rows, columns, like, mean, exact[0], exact[1])
+    _add(gate, *tiles, rows, columns, like, of, mean, exact[0], exact[1])
     for j in range(columns):
         plain, product = exact[0, j], exact[1, j]
         if not _is_held(plain, product):
-            plain, product = _sum_again(dz_tile, x_tile, rows, columns, j, columns, like, mean[j])
+            of_one = of[0][j], of[1][j], of[2][j]
+            plain, product = _sum_again(gate, *tiles, rows, columns, j, columns, like, of_one, mean[j])
         sum_dz[j] += plain
         sum_dz_x[j] += product
 
 
-def _add_columns_of_halves(dz_tile, x_tile, rows, columns, like, mean, sum_dz, sum_dz_x, sums):
-    quick = sums[0]
+def _add_columns_of_halves(gate, dy_tile, x_tile, r_tile, rows, columns, like, of, mean, sum_dz, sum_dz_x, room):
+    quick = room[0][0]
+    tiles = dy_tile, x_tile, r_tile
     quick[:2, :columns] = 0
     for j in range(columns):
         quick[2, j] = mean[j]
-    _add(dz_tile, x_tile, rows, columns, like, quick[2], quick[0], quick[1])
+    _add(gate, *tiles, rows, columns, like, of, quick[2], quick[0], quick[1])
     for j in range(columns):
         plain, product = np.float64(quick[0, j]), np.float64(quick[1, j])
         if _is_held(plain, product):
             product -= _rest(mean[j], quick[2, j]) * plain
         else:
-            plain, product = _sum_again(dz_tile, x_tile, rows, columns, j, columns, like, mean[j])
+            of_one = of[0][j], of[1][j], of[2][j]
+            plain, product = _sum_again(gate, *tiles, rows, columns, j, columns, like, of_one, mean[j])
         sum_dz[j] += plain
         sum_dz_x[j] += product
 
 
-def add_columns(dz_tile, x_tile, rows, columns, like, mean, sum_dz, sum_dz_x, sums):
+def add_columns(gate, dy_tile, x_tile, r_tile, rows, columns, like, of, mean, sum_dz, sum_dz_x, room):
     """Add a tile of many features to the features' sums."""
 
 
 @overload(add_columns, jit_options=PART)
-def _add_columns_of(dz_tile, x_tile, rows, columns, like, mean, sum_dz, sum_dz_x, sums):
+def _add_columns_of(gate, dy_tile, x_tile, r_tile, rows, columns, like, of, mean, sum_dz, sum_dz_x, room):
     return _add_columns_of_halves if like in HALVES else _add_columns
+
+
+@machinery
+def carve_sums_and_lanes(room, width, like, real):
+    """What `add_rows` and `add_columns` work in, and the room that is left."""
+    sums, room = carve_sums(room, width, like)
+    center, room = carve(room, MOST, real)
+    scale, room = carve(room, MOST, real)
+    shift, room = carve(room, MOST, real)
+    return (sums, (center, scale, shift)), room
 
 
 @cache
 def kernel(dtype, is_columns, gate):
     """Make the kernel that leaves each group's Σ dz and Σ dz · (x − mean) in a row of its last two arguments."""
     add = add_columns if is_columns else add_rows
-    pass_gate = gate_columns if is_columns else gate_rows
-    pass_gate_onto = gate_columns_onto if is_columns else gate_rows_onto
+    mark = GATES[gate]
 
     like, real, single = dtype(0), arithmetic(dtype), dtype is not np.float64
 
@@ -205,9 +237,8 @@ def kernel(dtype, is_columns, gate):
         place, room = carve_place(room_in(scratch), axes)
         values, room = carve(room, grid[TILE], like)
         gradients, room = carve(room, grid[TILE], like)
-        gated, room = carve(room, 0 if gate == OPEN else grid[TILE], like)
         added, room = carve(room, grid[TILE] if gate == RELU_ONTO else 0, like)
-        sums, room = carve_sums(room, max(grid[WIDTH], MOST), like)
+        work, room = carve_sums_and_lanes(room, max(grid[WIDTH], MOST), like, real)
         of_all, room = carve_coefficients(room, mean.size, real)
         if not fill(of_all, count, counts, mean, m2, eps, weight, bias) and single:
             counter[REFUSED] = 1
@@ -215,17 +246,13 @@ def kernel(dtype, is_columns, gate):
         for group, rows, columns, first, last in tiles(counter, grid, axes, place):
             x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
             dy_at = address_of(dy, axes, 2, place)
-            dz_tile = load(dy_at, steps_of(axes, 2), rows, columns, dy_kind, gradients)
+            dy_tile = load(dy_at, steps_of(axes, 2), rows, columns, dy_kind, gradients)
+            r_tile = x_tile
             if gate == RELU_ONTO:
                 r_at = address_of(residual, axes, 3, place)
                 r_tile = load(r_at, steps_of(axes, 3), rows, columns, kind, added)
-                pass_gate_onto(dz_tile, x_tile, r_tile, gated, rows, columns, like, of_features(of_all, first, last))
-                dz_tile = tile_of(gated, columns)
-            elif gate != OPEN:
-                pass_gate(dz_tile, x_tile, gated, rows, columns, like, of_features(of_all, first, last))
-                dz_tile = tile_of(gated, columns)
-            into = sum_dz[group, first:last], sum_dz_x[group, first:last]
-            add(dz_tile, x_tile, rows, columns, like, mean[first:last], *into, sums)
+            of, into = of_features(of_all, first, last), (sum_dz[group, first:last], sum_dz_x[group, first:last])
+            add(mark, dy_tile, x_tile, r_tile, rows, columns, like, of, mean[first:last], *into, work)
 
     name = f"grad_sums_{gate}_{'columns' if is_columns else 'rows'}_{dtype.__name__}"
     operands, sums = (index, index, index, index, index), (partials, partials)

@@ -278,6 +278,16 @@ def narrow(typingctx, value, like):
     return (like if like in HALVES else value)(value, like), codegen
 
 
+@intrinsic
+def zero_of(typingctx, number):
+    """A 0 of the number's type."""
+
+    def codegen(context, builder, signature, args):
+        return context.get_constant(number, 0.0)
+
+    return number(number), codegen
+
+
 def _reader(name, like, convert):
     """Make the function that reads `line.size` elements of like's type, `step` bytes apart, into a line of a tile."""
     item = like.itemsize

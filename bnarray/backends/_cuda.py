@@ -25,7 +25,7 @@ from bnarray.kernels.cuda import (
     stage,
     together,
 )
-from bnarray.kernels.cuda.compiled import THREADS, Kernel
+from bnarray.kernels.cuda.compiled import Kernel
 from bnarray.kernels.cuda.walk import Shape
 from bnarray.layout import COLUMNS, Axis, broadcast_strides, features_shape, layout
 
@@ -37,8 +37,12 @@ _R = TypeVar("_R")
 # The most chunks of a feature, which every block of the second launch merges. Reasoned; no device has judged it yet.
 MOST_CHUNKS = 1024
 
-# Features side by side in a block: threads that read together, if memory runs along them.
+# Features side by side in a block, if memory runs along them: elements that are read together.
 WARP = 32
+
+# Features of a thread, if their elements are read at once. More, of half precision, would take more registers for sums
+# and coefficients than there are.
+ABREAST = 4
 
 #: Where there is no array.
 NOWHERE = 0
@@ -114,7 +118,7 @@ def plan(
     """Cut operands of one non-empty shape; `guide` are strides that the order follows before any operand's.
 
     A chunk has at most so many elements, as long as there are not more than `MOST_CHUNKS`. Positions are of `width`
-    elements, if all operands have so many together everywhere.
+    elements, if all operands have so many together everywhere; of `ABREAST`, if these are of as many features.
     """
     seen = layout(shape, kept, *guide, *strides)
     still = Axis(1, (0,) * (len(guide) + len(strides)))
@@ -129,18 +133,22 @@ def plan(
     across = 1
     if 0 < abs(features[-1].strides[0]) < (abs(reduced[-1].strides[0]) or float("inf")):
         across = min(WARP, 1 << (features[-1].size - 1).bit_length())
-    if across == 1 and _come_in_vectors(reduced, features, width):
+    abreast = across > 1 and width >= ABREAST and _come_in_vectors(features[-1], (*reduced, *features[:-1]), ABREAST)
+    if abreast:
+        width, across = ABREAST, across // ABREAST
+    elif across == 1 and _come_in_vectors(reduced[-1], (*reduced[:-1], *features), width):
         *slower, inner = reduced
         reduced = *slower, Axis(inner.size // width, tuple(step * width for step in inner.strides))
     else:
         width = 1
     positions, count = (prod(axis.size for axis in axes) for axes in (reduced, features))
     chunk = ceil(positions / min(MOST_CHUNKS, ceil(positions * width * across / most)))
-    chunks, tiles = ceil(positions / chunk), ceil(count / across)
+    cut = Shape(across, len(reduced) - 1, len(features), width, abreast=abreast)
+    chunks, tiles = ceil(positions / chunk), ceil(count / cut.tile)
     axes = *reduced, *features
-    step = divmod(THREADS // across, reduced[-1].size)
+    step = divmod(cut.lines, reduced[-1].size)
     return Plan(
-        Shape(across, len(reduced) - 1, len(features), width),
+        cut,
         tiles * chunks,
         tiles,
         chunks,
@@ -150,11 +158,10 @@ def plan(
     )
 
 
-def _come_in_vectors(reduced: tuple[Axis, ...], features: tuple[Axis, ...], width: int) -> bool:
-    """Whether so many elements lie together along the inner axis, and begin at multiples of as many."""
-    *slower, inner = reduced
-    together = inner.size % width == 0 and all(step == 1 for step in inner.strides)
-    return together and all(step % width == 0 for axis in (*slower, *features) for step in axis.strides)
+def _come_in_vectors(fastest: Axis, others: tuple[Axis, ...], width: int) -> bool:
+    """Whether so many elements lie together along the fastest axis, and begin at multiples of as many."""
+    together = fastest.size % width == 0 and all(step == 1 for step in fastest.strides)
+    return together and all(step % width == 0 for axis in others for step in axis.strides)
 
 
 def _width(*memories: Memory) -> int:

@@ -36,6 +36,9 @@ DTYPES = [memory.FLOAT16, memory.BFLOAT16, memory.FLOAT32, memory.FLOAT64]
 #: Channels first, channels last, and a slice whose axes do not join.
 SHAPES = [Shape(1, 1, 1), Shape(32, 1, 1), Shape(32, 2, 2)]
 
+#: Channels last, of which each thread has four.
+ABREAST = Shape(8, 1, 1, 4, abreast=True)
+
 _DISASSEMBLER = Path(sysconfig.get_paths()["purelib"]) / "nvidia/cu13/bin/nvdisasm"
 
 
@@ -56,7 +59,7 @@ def _kernels(kind: int, shape: Shape) -> list[Kernel]:
 
 
 def _by_vectors() -> list[Kernel]:
-    """Some that access 16 bytes at once, in each dtype."""
+    """Some that access 16 bytes at once, in each dtype; and four features."""
     merging, onto = (False, True), (True, False)
     made = []
     for kind, options, gates in (
@@ -68,16 +71,26 @@ def _by_vectors() -> list[Kernel]:
         shape = SHAPES[0]._replace(width=memory.width_of(kind))
         made += [normalize.kernel(kind, *each, shape) for each in options]
         made += [grad_input.kernel(kind, kind, None, each, grad_input.BATCH, True, shape) for each in gates]
-    return made
+    return [
+        *made,
+        normalize.kernel(memory.FLOAT32, *merging, ABREAST),
+        normalize.kernel(memory.FLOAT16, True, True, ABREAST),
+        grad_input.kernel(memory.FLOAT32, memory.FLOAT32, None, gate.RELU_ONTO, grad_input.BATCH, True, ABREAST),
+        grad_input.kernel(memory.BFLOAT16, memory.BFLOAT16, None, gate.RELU, grad_input.BATCH, True, ABREAST),
+    ]
 
 
 def _sums_by_vectors() -> list[Kernel]:
-    """Some that read 16 bytes at once, and write nothing of that size."""
+    """Some that read 16 bytes at once, or four features, and write nothing of that size."""
     single, half = (SHAPES[0]._replace(width=memory.width_of(kind)) for kind in (memory.FLOAT32, memory.FLOAT16))
     return [
         moments.kernel(memory.FLOAT32, None, single),
         moments.kernel(memory.BFLOAT16, None, half),
         grad_sums.kernel(memory.FLOAT32, memory.FLOAT32, gate.RELU, single),
+        moments.kernel(memory.FLOAT32, None, ABREAST),
+        moments.kernel(memory.FLOAT16, None, ABREAST),
+        grad_sums.kernel(memory.FLOAT32, memory.FLOAT32, gate.RELU, ABREAST),
+        grad_sums.kernel(memory.BFLOAT16, memory.BFLOAT16, gate.RELU_ONTO, ABREAST),
     ]
 
 
@@ -92,7 +105,18 @@ def _of_one_launch() -> list[Kernel]:
         backward.kernel(memory.FLOAT32, gate.RELU, single),
         backward.kernel(memory.FLOAT16, gate.RELU_ONTO, half),
         backward.kernel(memory.FLOAT32, gate.OPEN, last),
+        forward.kernel(memory.FLOAT32, ABREAST),
+        forward.kernel(memory.BFLOAT16, ABREAST),
+        backward.kernel(memory.FLOAT32, gate.RELU, ABREAST),
+        backward.kernel(memory.FLOAT16, gate.RELU_ONTO, ABREAST),
     ]
+
+
+def _width(kernel: Kernel) -> str:
+    """What instructions say of how much they access at once."""
+    if "_by_" not in kernel.name and "_abreast_" not in kernel.name:
+        return ""
+    return ".64" if re.search(r"float16.*_abreast_", kernel.name) else ".128"
 
 
 @cache
@@ -131,6 +155,8 @@ def test_registers_are_enough(kernel: Kernel, capability: tuple[int, int]) -> No
     # loops do not need wait in memory.
     has_many = kernel.name.startswith(("grad_sums_2", "backward")) or re.match("grad_input_2.*_by_", kernel.name)
     most = 64 if kernel.name.endswith(str(SHAPES[2])) else 32 if has_many else 0
+    if "abreast" in kernel.name:  # and those of one launch have both kinds of loops
+        most = {"forward": 64, "backward": 192, "grad_sums": 32}.get(re.match("(grad_)?[a-z]+", kernel.name)[0], 0)
     assert "smem" not in log or said(r"(\d+) bytes smem") <= together.SHARED
     assert said(r"(\d+) bytes stack frame") <= most
     assert said(r"(\d+) bytes spill stores") <= most
@@ -189,10 +215,12 @@ def test_vectors_are_accessed_at_once(kernel: Kernel, tmp_path: Path) -> None:
     if not _DISASSEMBLER.exists():
         pytest.skip("nvidia-cuda-nvdisasm is not installed; how wide kernels' accesses are is not verified")
     loops = _loops(_compiled(kernel, (9, 0))[0], tmp_path)
-    accesses = [{each for each in loop if each.startswith(("LDG", "STG"))} for loop in loops]
+    accesses = [{each for each in loop if each.startswith(("LDG", "STG", "LDL", "STL"))} for loop in loops]
     # What is beyond float32 has a loop of its own, over elements.
     assert any(
-        loop and all(".128" in each for each in loop) for loop in accesses if any("STG" in each for each in loop)
+        loop and all(_width(kernel) in each for each in loop)
+        for loop in accesses
+        if any("STG" in each for each in loop)
     )
 
 
@@ -202,10 +230,8 @@ def test_sums_read_vectors_at_once(kernel: Kernel, tmp_path: Path) -> None:
         pytest.skip("nvidia-cuda-nvdisasm is not installed; how wide kernels' accesses are is not verified")
     loops = _loops(_compiled(kernel, (9, 0))[0], tmp_path)
     single = [loop for loop in loops if not any(each.startswith(("DADD", "DMUL", "DFMA")) for each in loop)]
-    accesses = [[each for each in loop if each.startswith("LDG")] for loop in single if "FADD" in loop]
-    assert any(loop and all(".128" in each for each in loop) for loop in accesses) == (
-        not kernel.name.endswith("apart")
-    )
+    accesses = [[each for each in loop if each.startswith(("LDG", "LDL", "STL"))] for loop in single if "FADD" in loop]
+    assert any(loop and all(_width(kernel) in each for each in loop) for loop in accesses)
 
 
 @pytest.mark.parametrize("kernel", _of_one_launch(), ids=lambda kernel: kernel.name)
@@ -214,7 +240,7 @@ def test_what_waits_on_chip_is_read_once(kernel: Kernel, tmp_path: Path) -> None
     if not _DISASSEMBLER.exists():
         pytest.skip("nvidia-cuda-nvdisasm is not installed; how kernels of one launch read is not verified")
     code, _ = next(_compiled(*case.values) for case in _cases() if case.values[0] is kernel)
-    doubles, width = ("DADD", "DMUL", "DFMA", "DSETP"), ".128" if "_by_" in kernel.name else ""
+    doubles, width = ("DADD", "DMUL", "DFMA", "DSETP"), _width(kernel)
     loops = [[each for each in loop if each[0] != "U"] for loop in _loops(code, tmp_path)]
     single = [loop for loop in loops if not any(each.startswith(doubles) for each in loop)]
 
@@ -223,10 +249,10 @@ def test_what_waits_on_chip_is_read_once(kernel: Kernel, tmp_path: Path) -> None
 
     if width or "float32" in kernel.name:
         copying = [accesses(loop, "LDGSTS", "LDG") for loop in single]
-        assert any(found and all(f"BYPASS{width}" in each or not width for each in found) for found in copying)
+        assert any(found and all("LDGSTS" in each and width in each for each in found) for found in copying)
     if "backward_2" not in kernel.name:  # a residual does not wait there
         single = [loop for loop in single if not accesses(loop, "LDG")]
-    single = [loop for loop in single if all(width in each for each in accesses(loop, "LDS", "LDG", "STG"))]
+    single = [loop for loop in single if all(width in each for each in accesses(loop, "LDS", "LDG", "STG", "STL"))]
     assert any(accesses(loop, "FADD") for loop in single if not accesses(loop, "STG"))
     writing = [loop for loop in single if accesses(loop, "LDS") and accesses(loop, "STG")]
     assert any(accesses(loop, "FMUL") for loop in writing)

@@ -48,35 +48,34 @@ def _kernels(kind: int, shape: Shape) -> list[Kernel]:
     return [
         moments.kernel(kind, None, shape),
         moments.kernel(kind, memory.BOOL, shape),
-        normalize.kernel(kind, False, True, shape),
-        normalize.kernel(kind, True, False, shape),
+        normalize.kernel(kind, False, shape),
+        normalize.kernel(kind, True, shape),
         grad_sums.kernel(kind, kind, gate.OPEN, shape),
         grad_sums.kernel(kind, kind, gate.RELU_ONTO, shape),
-        grad_input.kernel(kind, kind, None, gate.RELU, batch, True, shape),
-        grad_input.kernel(kind, kind, None, gate.RELU_ONTO, batch, True, shape),
-        grad_input.kernel(kind, kind, memory.FLOAT32, gate.RELU_ONTO, weighted, True, shape),
+        grad_input.kernel(kind, kind, None, gate.RELU, batch, shape),
+        grad_input.kernel(kind, kind, None, gate.RELU_ONTO, batch, shape),
+        grad_input.kernel(kind, kind, memory.FLOAT32, gate.RELU_ONTO, weighted, shape),
     ]
 
 
 def _by_vectors() -> list[Kernel]:
     """Some that access 16 bytes at once, in each dtype; and four features."""
-    merging, onto = (False, True), (True, False)
     made = []
-    for kind, options, gates in (
-        (memory.FLOAT16, (merging,), (gate.RELU_ONTO,)),
-        (memory.BFLOAT16, (merging,), ()),
-        (memory.FLOAT32, (merging,), (gate.RELU,)),
-        (memory.FLOAT64, (onto,), ()),
+    for kind, onto, gates in (
+        (memory.FLOAT16, False, (gate.RELU_ONTO,)),
+        (memory.BFLOAT16, False, ()),
+        (memory.FLOAT32, False, (gate.RELU,)),
+        (memory.FLOAT64, True, ()),
     ):
         shape = SHAPES[0]._replace(width=memory.width_of(kind))
-        made += [normalize.kernel(kind, *each, shape) for each in options]
-        made += [grad_input.kernel(kind, kind, None, each, grad_input.BATCH, True, shape) for each in gates]
+        made += [normalize.kernel(kind, onto, shape)]
+        made += [grad_input.kernel(kind, kind, None, each, grad_input.BATCH, shape) for each in gates]
     return [
         *made,
-        normalize.kernel(memory.FLOAT32, *merging, ABREAST),
-        normalize.kernel(memory.FLOAT16, True, True, ABREAST),
-        grad_input.kernel(memory.FLOAT32, memory.FLOAT32, None, gate.RELU_ONTO, grad_input.BATCH, True, ABREAST),
-        grad_input.kernel(memory.BFLOAT16, memory.BFLOAT16, None, gate.RELU, grad_input.BATCH, True, ABREAST),
+        normalize.kernel(memory.FLOAT32, False, ABREAST),
+        normalize.kernel(memory.FLOAT16, True, ABREAST),
+        grad_input.kernel(memory.FLOAT32, memory.FLOAT32, None, gate.RELU_ONTO, grad_input.BATCH, ABREAST),
+        grad_input.kernel(memory.BFLOAT16, memory.BFLOAT16, None, gate.RELU, grad_input.BATCH, ABREAST),
     ]
 
 
@@ -132,7 +131,6 @@ def _cases() -> list[Any]:
         for kind in kinds
         for kernel in _kernels(kind, shape)
     ]
-    kernels += [make(shape) for shape in SHAPES[:2] for make in (moments.merge_kernel, grad_sums.add_kernel)]
     kernels += [running.kernel()]
     cases = [(kernel, CAPABILITIES[i % 3]) for i, kernel in enumerate(kernels)]
     cases += [(kernel, OLDEST) for kernel in (*_kernels(memory.FLOAT16, SHAPES[1])[:5:4], running.kernel())]
@@ -151,9 +149,9 @@ def test_registers_are_enough(kernel: Kernel, capability: tuple[int, int]) -> No
         return int(number)
 
     assert said(r"Used (\d+) registers") <= {4: 64, 3: 80}[kernel.blocks]
-    # With two axes more than usual to divide by, or three operands to sum or to hold vectors of, some numbers that
-    # loops do not need wait in memory.
-    has_many = kernel.name.startswith(("grad_sums_2", "backward")) or re.match("grad_input_2.*_by_", kernel.name)
+    # With two axes more than usual to divide by, or three operands to sum, some numbers that loops do not need wait in
+    # memory.
+    has_many = kernel.name.startswith(("grad_sums_2", "backward"))
     most = 64 if kernel.name.endswith(str(SHAPES[2])) else 32 if has_many else 0
     if "abreast" in kernel.name:  # and those of one launch have both kinds of loops
         most = {"forward": 64, "backward": 192, "grad_sums": 32}.get(re.match("(grad_)?[a-z]+", kernel.name)[0], 0)
@@ -196,9 +194,9 @@ def test_loops_over_elements_do_without_float64(kind: int, shape: Shape, tmp_pat
         pytest.skip("nvidia-cuda-nvdisasm is not installed; what kernels' loops compute in is not verified")
     for kernel in (
         moments.kernel(kind, None, shape),
-        normalize.kernel(kind, False, True, shape),
+        normalize.kernel(kind, False, shape),
         grad_sums.kernel(kind, kind, gate.RELU, shape),
-        grad_input.kernel(kind, kind, None, gate.RELU, grad_input.BATCH, True, shape),
+        grad_input.kernel(kind, kind, None, gate.RELU, grad_input.BATCH, shape),
     ):
         loops = _loops(_compiled(kernel, (9, 0))[0], tmp_path)
         reading = [loop for loop in loops if any(each.startswith("LDG") for each in loop)]
@@ -259,14 +257,14 @@ def test_what_waits_on_chip_is_read_once(kernel: Kernel, tmp_path: Path) -> None
     assert not any(accesses(loop, "FFMA") for loop in writing)  # the formula's bits, whichever kernel it is part of
 
 
-@pytest.mark.parametrize("kernel", _of_one_launch(), ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", [*_sums_by_vectors()[::3], *_of_one_launch()], ids=lambda kernel: kernel.name)
 def test_integers_alone_are_counted_atomically(kernel: Kernel, tmp_path: Path) -> None:
     if not _DISASSEMBLER.exists():
         pytest.skip("nvidia-cuda-nvdisasm is not installed; what kernels do atomically is not verified")
     code, _ = next(_compiled(*case.values) for case in _cases() if case.values[0] is kernel)
     found = {match[1] for line in _assembly(code, tmp_path) if (match := _INSTRUCTION.search(line))}
-    assert {each for each in found if each.startswith(("ATOM", "RED."))} == {
-        "ATOMG.E.INC.STRONG.GPU", "ATOMG.E.CAS.STRONG.GPU",
-    }  # fmt: skip
-    # Who waits looks past the multiprocessor's own cache, which is emptied then, and sleeps in between.
-    assert {"LDG.E.STRONG.GPU", "CCTL.IVALL", "MEMBAR.ALL.GPU", "NANOSLEEP"} <= found
+    counting, waiting = {"ATOMG.E.INC.STRONG.GPU"}, {"ATOMG.E.CAS.STRONG.GPU"}
+    waits = kernel.name.startswith(("forward", "backward"))
+    assert {each for each in found if each.startswith(("ATOM", "RED."))} == (counting | waiting if waits else counting)
+    # Who merges, or waits, looks past the multiprocessor's own cache, which is emptied then, and sleeps in between.
+    assert {"CCTL.IVALL", "MEMBAR.ALL.GPU", *(("LDG.E.STRONG.GPU", "NANOSLEEP") if waits else ())} <= found

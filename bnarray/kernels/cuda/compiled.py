@@ -130,7 +130,7 @@ class Kernel:
     """A function with one signature, compiled (or loaded from disk) for each capability when it is first launched.
 
     The compiler has to make room for so many blocks on a multiprocessor at a time: 64 registers a thread with 4 blocks,
-    80 with 3, which the sums and coefficients of several features take.
+    80 with 3.
     """
 
     def __init__(self, name: str, signature: Any, function: Callable[..., Any], *, blocks: int = 4) -> None:

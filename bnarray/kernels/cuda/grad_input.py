@@ -5,8 +5,7 @@
     scale = weight · invstd        common = Σ dz / n        slope = Σ dz · x̂ / n · invstd
 
 From the paper's chain rule (Ioffe and Szegedy 2015, section 3), collected. n is the count (the sum of weights) and w an
-element's weight: 1 where there are none, 0 where the statistics are constants (evaluation). Behind `grad_sums` in the
-same pass every block first adds up the chunks of its features, and the first chunk's blocks keep what comes out.
+element's weight: 1 where there are none, 0 where the statistics are constants (evaluation).
 
 Traffic: reads x and dy (and `where`; under ReLU the residual), writes dx (and dz, the residual's gradient).
 """
@@ -28,10 +27,9 @@ from bnarray.kernels.cuda.coefficients import (
     scale_of,
     transformed,
 )
-from bnarray.kernels.cuda.compiled import THREADS, Kernel, cuda, index, machinery, numbers, types, vector
+from bnarray.kernels.cuda.compiled import Kernel, machinery, numbers, types, vector
 from bnarray.kernels.cuda.exact import is_middling_or_nan
 from bnarray.kernels.cuda.gate import OPEN, RELU_ONTO
-from bnarray.kernels.cuda.grad_sums import adding
 from bnarray.kernels.cuda.memory import BOOL, FLOAT64, NAMES, POINTERS, is_by_vectors, loader, reader, tuple_of, writer
 from bnarray.kernels.cuda.stage import loading_staged, slots
 from bnarray.kernels.cuda.walk import grid, place, steps_alone, walk
@@ -167,34 +165,25 @@ def loop(kind, dy_kind, where_kind, gate, statistics, shape, real, is_staged=Fal
 
 
 @cache
-def kernel(kind, dy_kind, where_kind, gate, statistics, adds, shape):
-    """Make the kernel that writes dx; it `adds` up chunks' sums and writes these, or is given Σ dz and Σ dz · x̂."""
+def kernel(kind, dy_kind, where_kind, gate, statistics, shape):
+    """Make the kernel that writes dx (and dresidual)."""
     feature, _ = place(shape)
-    added = adding(shape)
     agreed, step_alone = agreeing(shape), steps_alone(shape)
     case = kind, dy_kind, BOOL if where_kind is None else where_kind, gate, statistics
     single, double = loop(*case, shape, np.float32), loop(*case, shape.alone, np.float64)
     may_be_single = kind != FLOAT64 and dy_kind != FLOAT64 and statistics != WEIGHTED
-    tile, uses_sums = shape.tile, statistics != CONSTANT
+    uses_sums = statistics != CONSTANT
 
     def grad_input(
         chunk, chunks, positions, features, rows, places, sizes, x, x_steps, dy, dy_steps, dx, dx_steps, where, w_steps,
-        residual, r_steps, dresidual, dr_steps, partials, partial_chunks, sum_dz, sum_dz_x,
+        residual, r_steps, dresidual, dr_steps, sum_dz, sum_dz_x,
         count, has_counts, counts, mean, m2, eps, has_weight, weight, has_bias, bias,
     ):  # fmt: skip
         c, first, part, writes, works = feature(chunks, features)
         n = count_of(count, has_counts, counts, c)
         invstd = invstd_of(n, m2[c], eps)
-        plain, sloped = np.float64(0), np.float64(0)
-        if adds:
-            room = cuda.shared.array(THREADS, types.float64)
-            plain, sloped = added(partials, partial_chunks, features, c, invstd, room)
-            if writes and part == 0 and cuda.threadIdx.x < tile:
-                sum_dz[c], sum_dz_x[c] = plain, sloped
-        elif uses_sums:
-            plain, sloped = sum_dz[c], sum_dz_x[c]
-        common = plain / n if uses_sums and n != 0.0 else 0.0
-        slope = sloped / n * invstd if uses_sums and n != 0.0 else 0.0
+        common = sum_dz[c] / n if uses_sums and n != 0.0 else 0.0
+        slope = sum_dz_x[c] / n * invstd if uses_sums and n != 0.0 else 0.0
         scale, term, middle = scale_of(invstd, has_weight, weight, c), bias_of(has_bias, bias, c), mean[c]
         fits = fits_single(middle, scale, term) and is_middling_or_nan(common) and is_middling_or_nan(slope)
         if may_be_single and agreed(fits):
@@ -210,9 +199,8 @@ def kernel(kind, dy_kind, where_kind, gate, statistics, adds, shape):
             )  # fmt: skip
 
     weights = "" if where_kind is None else NAMES[where_kind]
-    name = f"grad_input_{gate}_{statistics}_{'adding_' * adds}{NAMES[kind]}_{NAMES[dy_kind]}_{weights}_{shape}"
+    name = f"grad_input_{gate}_{statistics}_{NAMES[kind]}_{NAMES[dy_kind]}_{weights}_{shape}"
     kinds = kind, dy_kind, kind, BOOL if where_kind is None else where_kind, kind, kind
     operands = [each for k in kinds for each in (POINTERS[k], numbers(shape.axes))]
-    sums = vector, index, vector, vector
-    signature = types.void(*grid(shape), *operands, *sums, *STATISTICS, *PARAMETERS)
-    return Kernel(name, signature, grad_input, blocks=3 if shape.abreast else 4)
+    signature = types.void(*grid(shape), *operands, vector, vector, *STATISTICS, *PARAMETERS)
+    return Kernel(name, signature, grad_input, blocks=3 if shape.abreast or gate == RELU_ONTO else 4)

@@ -25,11 +25,12 @@ from bnarray.kernels.cuda.coefficients import (
     scale_of,
     transformed,
 )
-from bnarray.kernels.cuda.compiled import THREADS, Kernel, cuda, index, machinery, numbers, types, vector
+from bnarray.kernels.cuda.compiled import THREADS, Kernel, cuda, machinery, numbers, types, vector
 from bnarray.kernels.cuda.exact import add, is_middling, product, two_sum, whole
 from bnarray.kernels.cuda.gate import OPEN, RELU_ONTO
 from bnarray.kernels.cuda.memory import FLOAT64, NAMES, POINTERS, all_of, each, loading, reader
 from bnarray.kernels.cuda.stage import loading_staged, slots
+from bnarray.kernels.cuda.together import TOLD, is_last, words_type
 from bnarray.kernels.cuda.walk import grid, place, steps_alone, walk
 
 
@@ -164,30 +165,6 @@ def leaving(kind, dy_kind, gate, shape, is_staged=False):
 
 
 @cache
-def kernel(kind, dy_kind, gate, shape):
-    """Make the kernel that leaves every chunk's Σ dz and Σ dz · (x − mean)."""
-    feature, _ = place(shape)
-    leave_sums = leaving(kind, dy_kind, gate, shape)
-
-    def grad_sums(
-        chunk, chunks, positions, features, rows, places, sizes, x, x_steps, dy, dy_steps, residual, r_steps,
-        count, has_counts, counts, mean, m2, eps, has_weight, weight, has_bias, bias, partials,
-    ):  # fmt: skip
-        room = cuda.shared.array(THREADS, types.float64)
-        c, first, part, writes, _ = feature(chunks, features)
-        leave_sums(
-            (c, first, part, writes), x, dy, room,
-            chunk, chunks, positions, features, rows, places, sizes, x, x_steps, dy, dy_steps, residual, r_steps,
-            count, has_counts, counts, mean, m2, eps, has_weight, weight, has_bias, bias, partials,
-        )  # fmt: skip
-
-    name = f"grad_sums_{gate}_{NAMES[kind]}_{NAMES[dy_kind]}_{shape}"
-    steps = numbers(shape.axes)
-    operands = POINTERS[kind], steps, POINTERS[dy_kind], steps, POINTERS[kind], steps
-    return Kernel(name, types.void(*grid(shape), *operands, *STATISTICS, *PARAMETERS, vector), grad_sums, blocks=3)
-
-
-@cache
 def adding(shape):
     """Make the function that adds up the chunks of a feature in a fixed order, and returns (Σ dz, Σ dz · x̂)."""
     tile, lines, total = shape.tile, shape.alone.lines, summation(shape.alone)
@@ -205,19 +182,32 @@ def adding(shape):
 
 
 @cache
-def add_kernel(shape):
-    """Make the kernel that adds up the chunks, and writes Σ dz and Σ dz · x̂."""
+def kernel(kind, dy_kind, gate, shape):
+    """Make the kernel that writes Σ dz and Σ dz · x̂: sums of chunks, which the last block of a tile adds up."""
     feature, _ = place(shape)
-    added, tile = adding(shape), shape.tile
+    leave_sums, added, tile = leaving(kind, dy_kind, gate, shape), adding(shape), shape.tile
 
-    def add_chunks(chunks, features, partials, count, has_counts, counts, m2, eps, sum_dz, sum_dz_x):
+    def grad_sums(
+        chunk, chunks, positions, features, rows, places, sizes, x, x_steps, dy, dy_steps, residual, r_steps,
+        count, has_counts, counts, mean, m2, eps, has_weight, weight, has_bias, bias, partials,
+        sum_dz, sum_dz_x, words,
+    ):  # fmt: skip
         room = cuda.shared.array(THREADS, types.float64)
-        c, _, _, writes, _ = feature(1, features)
-        invstd = invstd_of(count_of(count, has_counts, counts, c), m2[c], eps)
-        plain, sloped = added(partials, chunks, features, c, invstd, room)
-        if writes and cuda.threadIdx.x < tile:
-            sum_dz[c], sum_dz_x[c] = plain, sloped
+        told = cuda.shared.array(TOLD, types.int64)
+        c, first, part, writes, _ = feature(chunks, features)
+        leave_sums(
+            (c, first, part, writes), x, dy, room,
+            chunk, chunks, positions, features, rows, places, sizes, x, x_steps, dy, dy_steps, residual, r_steps,
+            count, has_counts, counts, mean, m2, eps, has_weight, weight, has_bias, bias, partials,
+        )  # fmt: skip
+        if is_last(words, np.int64(cuda.blockIdx.x) // chunks, chunks, told):
+            invstd = invstd_of(count_of(count, has_counts, counts, c), m2[c], eps)
+            plain, sloped = added(partials, chunks, features, c, invstd, room)
+            if writes and cuda.threadIdx.x < tile:
+                sum_dz[c], sum_dz_x[c] = plain, sloped
 
-    count, has_counts, counts, _, m2 = STATISTICS
-    signature = types.void(index, index, vector, count, has_counts, counts, m2, PARAMETERS[0], vector, vector)
-    return Kernel(f"add_grad_sums_{tile}", signature, add_chunks)
+    name = f"grad_sums_{gate}_{NAMES[kind]}_{NAMES[dy_kind]}_{shape}"
+    steps = numbers(shape.axes)
+    operands = POINTERS[kind], steps, POINTERS[dy_kind], steps, POINTERS[kind], steps
+    sums = vector, vector, vector, words_type
+    return Kernel(name, types.void(*grid(shape), *operands, *STATISTICS, *PARAMETERS, *sums), grad_sums, blocks=3)

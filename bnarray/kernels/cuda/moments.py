@@ -9,8 +9,9 @@ value, and what deviations, squares and sums round away is kept (`exact`), so th
 log₂ n cancel, where the first value is an outlier. In float64, under weights, and where float32 would overflow or
 underflow, the shift is the chunk's mean, found by reading it once before.
 
-Chunks are merged in float64, and instead of their means the distances of those from the first one's shift: where the
-mean is 10⁶ deviations, its own rounding, merge after merge, would show in the outputs next to 0.
+The last block of a tile to leave a chunk merges them all (`together`): in float64, in their order, and instead of their
+means the distances of those from the first one's shift: where the mean is 10⁶ deviations, its own rounding, merge after
+merge, would show in the outputs next to 0.
 
 Traffic: reads x once (and `where`; twice in float64 or under weights, from the cache if it has room), writes nothing
 of x's size.
@@ -21,10 +22,11 @@ from functools import cache
 import numpy as np
 
 from bnarray.kernels.cuda.block import merging, summation
-from bnarray.kernels.cuda.compiled import THREADS, Kernel, cuda, index, machinery, numbers, types, vector
+from bnarray.kernels.cuda.compiled import THREADS, Kernel, cuda, machinery, numbers, types, vector
 from bnarray.kernels.cuda.exact import LARGE, add, is_middling, product, two_sum, whole
 from bnarray.kernels.cuda.memory import BOOL, FLOAT64, NAMES, POINTERS, all_of, each, loader, loading, reader
 from bnarray.kernels.cuda.stage import loading_staged, slots
+from bnarray.kernels.cuda.together import TOLD, is_last, words_type
 from bnarray.kernels.cuda.walk import grid, place, steps_alone, walk
 
 
@@ -193,39 +195,32 @@ def leaving(kind, where_kind, shape, is_staged=False):
 
 @cache
 def kernel(kind, where_kind, shape):
-    """Make the kernel that leaves every chunk's (count, shift, offset, m2); `where_kind` is None without weights."""
-    feature, _ = place(shape)
-    leave_moments = leaving(kind, where_kind, shape)
+    """Make the kernel that writes (count, mean, m2); `where_kind` is None without weights.
 
-    def moments(chunk, chunks, positions, features, rows, places, sizes, x, steps, where, where_steps, partials):
-        room = cuda.shared.array(THREADS, types.float64)
+    It leaves every chunk's (count, shift, offset, m2), which the last block of a tile merges.
+    """
+    feature, _ = place(shape)
+    leave_moments, merged, tile = leaving(kind, where_kind, shape), merging(shape), shape.tile
+
+    def moments(
+        chunk, chunks, positions, features, rows, places, sizes, x, steps, where, where_steps, partials,
+        counts, mean, m2, words,
+    ):  # fmt: skip
+        ns = cuda.shared.array(THREADS, types.float64)
+        offsets = cuda.shared.array(THREADS, types.float64)
+        squares = cuda.shared.array(THREADS, types.float64)
+        told = cuda.shared.array(TOLD, types.int64)
         c, first, part, writes, _ = feature(chunks, features)
         leave_moments(
-            (c, first, part, writes), x, room,
+            (c, first, part, writes), x, ns,
             chunk, chunks, positions, features, rows, places, sizes, x, steps, where, where_steps, partials,
         )  # fmt: skip
+        if is_last(words, np.int64(cuda.blockIdx.x) // chunks, chunks, told):
+            n, middle, spread = merged(partials, chunks, features, c, ns, offsets, squares)
+            if writes and cuda.threadIdx.x < tile:
+                counts[c], mean[c], m2[c] = n, middle, spread
 
     name = f"moments_{NAMES[kind]}_{'' if where_kind is None else NAMES[where_kind]}_{shape}"
     x, where, steps = POINTERS[kind], POINTERS[BOOL if where_kind is None else where_kind], numbers(shape.axes)
-    signature = types.void(*grid(shape), x, steps, where, steps, vector)
-    return Kernel(name, signature, moments, blocks=3 if shape.abreast else 4)
-
-
-@cache
-def merge_kernel(shape):
-    """Make the kernel that merges the chunks in order, and writes (count, mean, m2)."""
-    feature, _ = place(shape)
-    merged = merging(shape)
-    tile = shape.tile
-
-    def merge_chunks(chunks, features, partials, count, mean, m2):
-        counts = cuda.shared.array(THREADS, types.float64)
-        offsets = cuda.shared.array(THREADS, types.float64)
-        squares = cuda.shared.array(THREADS, types.float64)
-        c, _, _, writes, _ = feature(1, features)
-        n, middle, spread = merged(partials, chunks, features, c, counts, offsets, squares)
-        if writes and cuda.threadIdx.x < tile:
-            count[c], mean[c], m2[c] = n, middle, spread
-
-    signature = types.void(index, index, vector, vector, vector, vector)
-    return Kernel(f"merge_moments_{tile}", signature, merge_chunks)
+    signature = types.void(*grid(shape), x, steps, where, steps, vector, vector, vector, vector, words_type)
+    return Kernel(name, signature, moments, blocks=4 if where_kind is None and not shape.abreast else 3)

@@ -3,8 +3,7 @@
     z = (x − mean) · scale + bias        y = relu(z + residual)        scale = weight / √(var + eps)
 
 The mean is subtracted in parts (`coefficients`), so that float32 needs no float64. It is never x · a + b with
-b = bias − mean · a: that cancels. Behind `moments` in the same pass every block first merges the chunks of its
-features, and the first chunk's blocks keep what comes out.
+b = bias − mean · a: that cancels.
 
 Traffic: reads x (and the residual) once, writes y once.
 """
@@ -14,7 +13,7 @@ from functools import cache
 import numpy as np
 
 from bnarray.kernels.cuda import memory
-from bnarray.kernels.cuda.block import agreeing, handing, merging
+from bnarray.kernels.cuda.block import agreeing, handing
 from bnarray.kernels.cuda.coefficients import (
     PARAMETERS,
     STATISTICS,
@@ -26,7 +25,7 @@ from bnarray.kernels.cuda.coefficients import (
     scale_of,
     transformed,
 )
-from bnarray.kernels.cuda.compiled import THREADS, Kernel, cuda, index, machinery, numbers, types, vector
+from bnarray.kernels.cuda.compiled import Kernel, index, machinery, numbers, types
 from bnarray.kernels.cuda.memory import FLOAT64, NAMES, POINTERS, is_by_vectors, reader, tuple_of, writer
 from bnarray.kernels.cuda.stage import loading_staged, slots
 from bnarray.kernels.cuda.walk import grid, place, steps_alone, walk
@@ -114,32 +113,20 @@ def loop(kind, onto, shape, real, is_staged=False):
 
 
 @cache
-def kernel(kind, onto, merges, shape):
-    """Make the kernel that writes y; `onto` a residual or not; `merges` chunks' moments, or is given (count, mean, m2).
-
-    If it merges, it writes count, mean and m2.
-    """
+def kernel(kind, onto, shape):
+    """Make the kernel that writes y; `onto` a residual or not."""
     feature, _ = place(shape)
-    merged, agreed, step_alone = merging(shape), agreeing(shape), steps_alone(shape)
+    agreed, step_alone = agreeing(shape), steps_alone(shape)
     single, double = loop(kind, onto, shape, np.float32), loop(kind, onto, shape.alone, np.float64)
-    may_be_single, tile = kind != FLOAT64, shape.tile
+    may_be_single = kind != FLOAT64
 
     def normalize(
         chunk, chunks, positions, features, rows, places, sizes, x, x_steps, y, y_steps, residual, r_steps, relu,
-        partials, partial_chunks, count, has_counts, counts, mean, m2, eps, has_weight, weight, has_bias, bias,
+        count, has_counts, counts, mean, m2, eps, has_weight, weight, has_bias, bias,
     ):  # fmt: skip
         c, first, part, writes, works = feature(chunks, features)
-        if merges:
-            ns = cuda.shared.array(THREADS, types.float64)
-            offsets = cuda.shared.array(THREADS, types.float64)
-            squares = cuda.shared.array(THREADS, types.float64)
-            n, middle, spread = merged(partials, partial_chunks, features, c, ns, offsets, squares)
-            if writes and part == 0 and cuda.threadIdx.x < tile:
-                counts[c], mean[c], m2[c] = n, middle, spread
-        else:
-            n, middle, spread = count_of(count, has_counts, counts, c), mean[c], m2[c]
-        scale = scale_of(invstd_of(n, spread, eps), has_weight, weight, c)
-        term = bias_of(has_bias, bias, c)
+        invstd = invstd_of(count_of(count, has_counts, counts, c), m2[c], eps)
+        scale, term, middle = scale_of(invstd, has_weight, weight, c), bias_of(has_bias, bias, c), mean[c]
         if may_be_single and agreed(fits_single(middle, scale, term)):
             single(
                 x, y, residual, first, middle, scale, term, relu, works,
@@ -152,7 +139,7 @@ def kernel(kind, onto, merges, shape):
                 part, chunk, positions, rows, places, sizes, x_steps, y_steps, r_steps,
             )  # fmt: skip
 
-    name = f"normalize_{NAMES[kind]}_{'onto_' * onto}{'merging_' * merges}{shape}"
+    name = f"normalize_{NAMES[kind]}_{'onto_' * onto}{shape}"
     operand = POINTERS[kind], numbers(shape.axes)
-    signature = (*grid(shape), *operand * 3, index, vector, index, *STATISTICS, *PARAMETERS)
+    signature = (*grid(shape), *operand * 3, index, *STATISTICS, *PARAMETERS)
     return Kernel(name, types.void(*signature), normalize)

@@ -261,7 +261,9 @@ def launch(self: Any, device: int, stream: int, blocks: int, *arguments: Any) ->
     launched.append(self.name)
     places = 1
     if together.words_type in self.signature.args:
-        places, arguments = room.blocks, (*arguments[:-1], room.patience)
+        places = room.blocks
+        if self.signature.args[-1] != together.words_type:  # but how often a block looks for its order
+            arguments = *arguments[:-1], room.patience
 
     def work() -> None:
         device_double.blocks = blocks

@@ -25,7 +25,7 @@ from bnarray.kernels.cuda import (
     stage,
     together,
 )
-from bnarray.kernels.cuda.compiled import THREADS, Kernel
+from bnarray.kernels.cuda.compiled import Kernel
 from bnarray.kernels.cuda.walk import Shape
 from bnarray.layout import COLUMNS, Axis, broadcast_strides, features_shape, layout
 
@@ -34,11 +34,15 @@ Strides = tuple[int, ...]
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-# The most chunks of a feature, which every block of the second launch merges. Reasoned; no device has judged it yet.
+# The most chunks of a feature, which one block merges. Reasoned; no device has judged it yet.
 MOST_CHUNKS = 1024
 
-# Features side by side in a block: threads that read together, if memory runs along them.
+# Features side by side in a block, if memory runs along them: elements that are read together.
 WARP = 32
+
+# Features of a thread, if their elements are read at once. More, of half precision, would take more registers for sums
+# and coefficients than there are.
+ABREAST = 4
 
 #: Where there is no array.
 NOWHERE = 0
@@ -95,7 +99,7 @@ class Plan(NamedTuple):
 
     shape: Shape
     blocks: int
-    merging_blocks: int  # with one for each of the features' tiles
+    tiles: int  # of features
     chunks: int
     features: int
     grid: tuple[Any, ...]  # as all kernels take it
@@ -114,7 +118,7 @@ def plan(
     """Cut operands of one non-empty shape; `guide` are strides that the order follows before any operand's.
 
     A chunk has at most so many elements, as long as there are not more than `MOST_CHUNKS`. Positions are of `width`
-    elements, if all operands have so many together everywhere.
+    elements, if all operands have so many together everywhere; of `ABREAST`, if these are of as many features.
     """
     seen = layout(shape, kept, *guide, *strides)
     still = Axis(1, (0,) * (len(guide) + len(strides)))
@@ -129,18 +133,22 @@ def plan(
     across = 1
     if 0 < abs(features[-1].strides[0]) < (abs(reduced[-1].strides[0]) or float("inf")):
         across = min(WARP, 1 << (features[-1].size - 1).bit_length())
-    if across == 1 and _come_in_vectors(reduced, features, width):
+    abreast = across > 1 and width >= ABREAST and _come_in_vectors(features[-1], (*reduced, *features[:-1]), ABREAST)
+    if abreast:
+        width, across = ABREAST, across // ABREAST
+    elif across == 1 and _come_in_vectors(reduced[-1], (*reduced[:-1], *features), width):
         *slower, inner = reduced
         reduced = *slower, Axis(inner.size // width, tuple(step * width for step in inner.strides))
     else:
         width = 1
     positions, count = (prod(axis.size for axis in axes) for axes in (reduced, features))
     chunk = ceil(positions / min(MOST_CHUNKS, ceil(positions * width * across / most)))
-    chunks, tiles = ceil(positions / chunk), ceil(count / across)
+    cut = Shape(across, len(reduced) - 1, len(features), width, abreast=abreast)
+    chunks, tiles = ceil(positions / chunk), ceil(count / cut.tile)
     axes = *reduced, *features
-    step = divmod(THREADS // across, reduced[-1].size)
+    step = divmod(cut.lines, reduced[-1].size)
     return Plan(
-        Shape(across, len(reduced) - 1, len(features), width),
+        cut,
         tiles * chunks,
         tiles,
         chunks,
@@ -150,11 +158,10 @@ def plan(
     )
 
 
-def _come_in_vectors(reduced: tuple[Axis, ...], features: tuple[Axis, ...], width: int) -> bool:
-    """Whether so many elements lie together along the inner axis, and begin at multiples of as many."""
-    *slower, inner = reduced
-    together = inner.size % width == 0 and all(step == 1 for step in inner.strides)
-    return together and all(step % width == 0 for axis in (*slower, *features) for step in axis.strides)
+def _come_in_vectors(fastest: Axis, others: tuple[Axis, ...], width: int) -> bool:
+    """Whether so many elements lie together along the fastest axis, and begin at multiples of as many."""
+    together = fastest.size % width == 0 and all(step == 1 for step in fastest.strides)
+    return together and all(step % width == 0 for axis in others for step in axis.strides)
 
 
 def _width(*memories: Memory) -> int:
@@ -221,7 +228,7 @@ class Adapter:
         return [self._library.vector(shape, like) for _ in range(number)]
 
     def _counters(self, way: Plan, x: Array) -> tuple[Array | None, Any]:
-        """Return counters for a launch in which blocks wait for one another, and their address.
+        """Return counters for a launch in which blocks report to one another, and their address.
 
         They are 0, and a launch leaves them so: those of a stream, where launches follow one another, are kept, and
         with them the stream, lest another one has its handle. Captures have their own, and so have the streams that go
@@ -229,7 +236,7 @@ class Adapter:
         """
         if way.chunks == 1:
             return None, NOWHERE
-        number = together.needed(way.merging_blocks, way.blocks)
+        number = together.needed(way.tiles, way.blocks)
         key = self._library.queue(x)
         if key[1] == PER_THREAD or self._library.is_capturing(x):
             return self._library.words(number, x)
@@ -265,16 +272,18 @@ class Adapter:
 
     # -- Forward -------------------------------------------------------------------------------------------------------
 
-    def _find_chunks(self, x: Array, where: Array | None, way: Plan) -> Array:
+    def _find_moments(self, x: Array, where: Array | None, way: Plan, found: list[Array]) -> None:
         seen = self._library.memory(x)
         weights = seen if where is None else self._where(seen, where)
         way = _sums_way(way, seen)
-        kernel = moments.kernel(seen.kind, None if where is None else weights.kind, way.shape)
         partials = self._library.vector((4, way.chunks, way.features), x)
+        _, words = self._counters(way, x)
         x_steps, where_steps = way.steps if where is not None else way.steps * 2
-        arguments = seen.address, x_steps, weights.address, where_steps, self._address(partials)
-        self._launch(kernel, way.blocks, x, *way.grid, *arguments)
-        return partials
+        self._launch(
+            moments.kernel(seen.kind, None if where is None else weights.kind, way.shape), way.blocks, x,
+            *way.grid, seen.address, x_steps, weights.address, where_steps,
+            *(self._address(each) for each in (partials, *found)), words,
+        )  # fmt: skip
 
     @_on_its_device
     def moments(self, x: Array, kept: tuple[int, ...], where: Array | None) -> tuple[Any, Array, Array]:
@@ -282,11 +291,8 @@ class Adapter:
         strides = (seen.strides,) if where is None else (seen.strides, self._where(seen, where).strides)
         most, width = stage.most(seen.kind, 1), _sums_width(seen.kind) if where is None else 1
         way = plan(seen.shape, kept, (), *strides, most=most, width=width)
-        partials = self._find_chunks(x, where, way)
-        found = self._vectors(3, features_shape(seen.shape, kept), x)
-        addresses = [self._address(each) for each in (partials, *found)]
-        self._launch(moments.merge_kernel(way.shape), way.merging_blocks, x, way.chunks, way.features, *addresses)
-        count, mean, m2 = found
+        found = count, mean, m2 = self._vectors(3, features_shape(seen.shape, kept), x)
+        self._find_moments(x, where, way, found)
         return prod(seen.shape) // way.features if where is None else count, mean, m2
 
     @_on_its_device
@@ -298,7 +304,7 @@ class Adapter:
         most = stage.most(seen.kind, 1)
         sums = plan(seen.shape, kept, (), seen.strides, most=most, width=_sums_width(seen.kind))
         way = plan(seen.shape, kept, (), seen.strides, result.strides, most=most, width=_width(seen, result))
-        found = counts, mean, m2 = self._vectors(3, features_shape(seen.shape, kept), x)
+        found = _, mean, m2 = self._vectors(3, features_shape(seen.shape, kept), x)
         if _together(way, sums, seen.kind, self._library.queue(x)[0]):
             partials = self._library.vector((4, way.chunks, way.features), x)
             _, words = self._counters(way, x)
@@ -309,22 +315,19 @@ class Adapter:
                 words, together.PATIENCE,
             )  # fmt: skip
         else:
-            partials = self._find_chunks(x, None, sums)
-            transform = Transform(kept, counts, mean, m2, eps, weight, bias, relu, None)
-            self._write_normalized(x, transform, y, partials, sums)
+            self._find_moments(x, None, sums, found)
+            transform = Transform(kept, prod(seen.shape) // sums.features, mean, m2, eps, weight, bias, relu, None)
+            self._write_normalized(x, transform, y)
         return prod(seen.shape) // sums.features, mean, m2, y
 
     @_on_its_device
     def normalize(self, x: Array, transform: Transform, out: Array | None) -> Array:
         y = self._library.empty_like(x) if out is None else out
-        self._write_normalized(x, transform, y, None, None)
+        self._write_normalized(x, transform, y)
         return y
 
-    def _write_normalized(
-        self, x: Array, transform: Transform, y: Array, partials: Array | None, sums: Plan | None
-    ) -> None:
-        """Write y by the transform's statistics, or by what chunks left, which then become the transform's."""
-        onto, merges = transform.residual is not None, sums is not None
+    def _write_normalized(self, x: Array, transform: Transform, y: Array) -> None:
+        onto = transform.residual is not None
         seen, result = self._library.memory(x), self._library.memory(y)
         residual = self._library.memory(transform.residual) if onto else seen
         strides = seen.strides, result.strides, residual.strides
@@ -332,10 +335,10 @@ class Adapter:
         way = plan(seen.shape, transform.kept, (), *strides, most=most, width=width)
         operands = zip((seen, result, residual), way.steps, strict=True)
         self._launch(
-            normalize.kernel(seen.kind, onto, merges, way.shape), way.blocks, x,
+            normalize.kernel(seen.kind, onto, way.shape), way.blocks, x,
             *way.grid, *(each for operand, steps in operands for each in (operand.address, steps)),
-            int(transform.relu), self._address(partials), 0 if sums is None else sums.chunks,
-            *self._statistics(transform), *self._parameters(transform.eps, transform.weight, transform.bias),
+            int(transform.relu), *self._statistics(transform),
+            *self._parameters(transform.eps, transform.weight, transform.bias),
         )  # fmt: skip
 
     # -- Backward ------------------------------------------------------------------------------------------------------
@@ -348,32 +351,26 @@ class Adapter:
         most = stage.most(seen.kind, 2)
         return plan(seen.shape, transform.kept, transform.guide or (), *strides, most=most, width=width)
 
-    def _find_grad_chunks(self, dy: Array, x: Array, transform: Transform, way: Plan) -> Array:
+    def _find_grad_sums(self, dy: Array, x: Array, transform: Transform, way: Plan, sums: tuple[Array, ...]) -> None:
         seen, gradient = self._library.memory(x), self._library.memory(dy)
         passes = _gate(transform)
         residual = self._library.memory(transform.residual) if passes == gate.RELU_ONTO else seen
         way = _sums_way(way, seen, gradient, residual)
         partials = self._library.vector((2, way.chunks, way.features), x)
+        _, words = self._counters(way, x)
         operands = zip((seen, gradient, residual), way.steps, strict=True)
         self._launch(
             grad_sums.kernel(seen.kind, gradient.kind, passes, way.shape), way.blocks, x,
             *way.grid, *(each for operand, steps in operands for each in (operand.address, steps)),
             *self._statistics(transform), *self._parameters(transform.eps, transform.weight, transform.bias),
-            self._address(partials),
+            *(self._address(each) for each in (partials, *sums)), words,
         )  # fmt: skip
-        return partials
 
     @_on_its_device
     def grad_sums(self, dy: Array, x: Array, transform: Transform) -> tuple[Array, Array]:
         way = self._grad_way(dy, x, transform)
-        partials = self._find_grad_chunks(dy, x, transform, way)
-        count, has_counts, counts, _, m2 = self._statistics(transform)
-        sum_dz, sum_dz_x = self._vectors(2, transform.mean.shape, x)
-        self._launch(
-            grad_sums.add_kernel(way.shape), way.merging_blocks, x,
-            way.chunks, way.features, self._address(partials), count, has_counts, counts, m2, float(transform.eps),
-            self._address(sum_dz), self._address(sum_dz_x),
-        )  # fmt: skip
+        sums = sum_dz, sum_dz_x = tuple(self._vectors(2, transform.mean.shape, x))
+        self._find_grad_sums(dy, x, transform, way, sums)
         return sum_dz, sum_dz_x
 
     @_on_its_device
@@ -439,10 +436,8 @@ class Adapter:
                 self._address(partials), *found, *coefficients, words, together.PATIENCE,
             )  # fmt: skip
             return dx, dresidual
-        partials = None if sums_way is None else self._find_grad_chunks(dy, x, transform, sums_way)
-        kernel = grad_input.kernel(
-            seen.kind, memories[1].kind, where_kind, _gate(transform), statistics, partials is not None, way.shape
-        )
-        chunks = 0 if sums_way is None else sums_way.chunks
-        self._launch(kernel, way.blocks, x, *way.grid, *arrays, self._address(partials), chunks, *found, *coefficients)
+        if sums_way:
+            self._find_grad_sums(dy, x, transform, sums_way, sums)
+        kernel = grad_input.kernel(seen.kind, memories[1].kind, where_kind, _gate(transform), statistics, way.shape)
+        self._launch(kernel, way.blocks, x, *way.grid, *arrays, *found, *coefficients)
         return dx, dresidual

@@ -17,7 +17,7 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
 from cuda import pathfinder
 from cuda.bindings import nvjitlink
 
-from bnarray.kernels.cuda import compiled, memory, moments, streams, together
+from bnarray.kernels.cuda import compiled, memory, moments, running, streams, together
 from bnarray.kernels.cuda.compiled import Kernel
 from bnarray.kernels.cuda.walk import Shape
 
@@ -26,7 +26,7 @@ SHAPE = Shape(32, 1, 1)
 
 def test_code_is_kept_on_disk_for_each_capability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BNARRAY_CACHE_DIR", str(tmp_path))
-    kernel = moments.merge_kernel(SHAPE)
+    kernel = running.kernel()
     codes = {capability: kernel.code(capability) for capability in ((8, 0), (9, 0))}
     assert len(set(codes.values())) == 2
     monkeypatch.setattr(Kernel, "compile", lambda *_: pytest.fail("compiled again"))
@@ -41,7 +41,7 @@ def test_a_launch_passes_as_many_numbers_as_there_are_parameters() -> None:
     )
     parameters = re.findall(r"\.param \.([a-z]+)64 ", ptx[: ptx.index("{", ptx.index(".entry"))])
     sizes = (0,) * SHAPE.axes
-    arguments = (0, 0, 0, 0, 0, 0, sizes, 0, sizes, 0, sizes, 0)
+    arguments = (0, 0, 0, 0, 0, 0, sizes, 0, sizes, 0, sizes, 0, 0, 0, 0, 0)
     assert len(arguments) == len(kernel.signature.args)
     assert len(parameters) == len(compiled.flattened(arguments))
 
@@ -57,9 +57,8 @@ def test_kernels_compile_without_the_name_that_numpy_dropped(run_python: Callabl
     code = """
 import numpy as np
 vars(np).pop("row_stack", None)
-from bnarray.kernels.cuda import moments
-from bnarray.kernels.cuda.walk import Shape
-print(len(moments.merge_kernel(Shape(32, 1, 1)).compile((9, 0))[0]) > 0, "row_stack" in vars(np))
+from bnarray.kernels.cuda import running
+print(len(running.kernel().compile((9, 0))[0]) > 0, "row_stack" in vars(np))
 """
     assert run_python(code).split() == ["True", "False"]
 
@@ -71,7 +70,7 @@ def test_a_device_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("cuda.core.Device", DeviceDouble)
     with pytest.raises(RuntimeError, match=r"device 3 has compute capability 7\.0, and kernels need 7\.5 .*NumPy"):
-        moments.merge_kernel(SHAPE).launch(3, 0, 1, 1)
+        running.kernel().launch(3, 0, 1, 1)
 
 
 # -- Where something is missing: Numba's dispatcher --------------------------------------------------------------------
@@ -155,12 +154,12 @@ def test_numbas_dispatcher_stands_in(
 ) -> None:
     lack(monkeypatch)  # before there is a double for what compiles
     numba = request.getfixturevalue("numba")
-    moments.merge_kernel.cache_clear()
-    kernel = moments.merge_kernel(SHAPE)
+    running.kernel.cache_clear()
+    kernel = running.kernel()
     with pytest.warns(RuntimeWarning, match=f"launched by Numba's dispatcher, .* because {why}.*pip install"):
         kernel.launch(0, 17, 5, 1, 2, (3, 4), 0x100)
     kernel.launch(0, 0, 6, 1, 2, (3, 4), 0x100)  # says nothing more, and compiles nothing
-    moments.merge_kernel.cache_clear()
+    running.kernel.cache_clear()
     assert numba.compiled == [(kernel.signature, {"launch_bounds": (compiled.THREADS, 4), "lto": False})]
     assert numba.launched == [
         ((5, compiled.THREADS, "stream 17"), kernel.function, (1, 2, (3, 4), 0x100)),

@@ -13,6 +13,7 @@ from functools import cache
 import numpy as np
 
 from bnarray.kernels.cuda import stage, together
+from bnarray.kernels.cuda.block import agreeing
 from bnarray.kernels.cuda.coefficients import (
     PARAMETERS,
     STATISTICS,
@@ -23,23 +24,23 @@ from bnarray.kernels.cuda.coefficients import (
     scale_of,
 )
 from bnarray.kernels.cuda.compiled import THREADS, Kernel, cuda, index, numbers, types, vector
-from bnarray.kernels.cuda.exact import is_middling
+from bnarray.kernels.cuda.exact import is_middling_or_nan
 from bnarray.kernels.cuda.grad_input import BATCH, loop
 from bnarray.kernels.cuda.grad_sums import adding, leaving
 from bnarray.kernels.cuda.memory import BOOL, NAMES, POINTERS
 from bnarray.kernels.cuda.together import TOLD, is_gone, is_last, is_let_go, let_go, ticket
-from bnarray.kernels.cuda.walk import grid, place, whose
+from bnarray.kernels.cuda.walk import grid, own, place, steps_alone, whose
 
 
 @cache
 def kernel(kind, gate, shape):
     """Make the kernel that writes dx (and dresidual), and Σ dz and Σ dz · x̂; x and dy are of one kind."""
-    of_block, (_, start_of) = whose(shape), place(shape)
+    of_block, of_tile, (_, start_of) = whose(shape), own(shape), place(shape)
     copy, landed = stage.staging(kind, shape), stage.landed
     leave_sums, added = leaving(kind, kind, gate, shape, True), adding(shape)
-    case = kind, kind, BOOL, gate, BATCH, shape
-    single, double = loop(*case, np.float32, True), loop(*case, np.float64)
-    across, slots, slot_type = shape.across, stage.size(kind, 2, shape.width), stage.TYPES[kind]
+    case, agreed, step_alone = (kind, kind, BOOL, gate, BATCH), agreeing(shape), steps_alone(shape)
+    single, double = loop(*case, shape, np.float32, True), loop(*case, shape.alone, np.float64)
+    size, slots, slot_type = shape.tile, stage.size(kind, 2, shape.width), stage.TYPES[kind]
 
     def backward(
         chunk, chunks, positions, features, rows, places, sizes, x, x_steps, dy, dy_steps, dx, dx_steps,
@@ -52,22 +53,23 @@ def kernel(kind, gate, shape):
         told = cuda.shared.array(TOLD, types.int64)
         block = ticket(words, chunks, told)
         tile, c, part, writes = of_block(block, chunks, features)
-        x_start, dy_start = start_of(c, sizes, x_steps), start_of(c, sizes, dy_steps)
+        first, works = of_tile(tile, features)
+        x_start, dy_start = start_of(first, sizes, x_steps), start_of(first, sizes, dy_steps)
         copy(staged, x, x_start, part, chunk, positions, rows, places, sizes, x_steps)
         copy(staged_dy, dy, dy_start, part, chunk, positions, rows, places, sizes, dy_steps)
         landed()
         leave_sums(
-            c, part, writes, staged, staged_dy, room,
+            (c, first, part, writes), staged, staged_dy, room,
             chunk, chunks, positions, features, rows, places, sizes, x, x_steps, dy, dy_steps, residual, r_steps,
             count, has_counts, counts, mean, m2, eps, has_weight, weight, has_bias, bias, partials,
         )  # fmt: skip
         n = count_of(count, has_counts, counts, c)
         invstd = invstd_of(n, m2[c], eps)
-        orders = 1 + (features + (across - 1)) // across + tile * chunks
+        orders = 1 + (features + (size - 1)) // size + tile * chunks
         others_left = 0
         if is_last(words, tile, chunks, told):
             plain, sloped = added(partials, chunks, features, c, invstd, room)
-            if writes and cuda.threadIdx.x < across:
+            if writes and cuda.threadIdx.x < size:
                 sum_dz[c], sum_dz_x[c] = plain, sloped
             if chunks > 1:
                 others_left = let_go(words, orders, part, chunks, THREADS)
@@ -78,22 +80,22 @@ def kernel(kind, gate, shape):
         common = plain / n if n != 0.0 else 0.0
         slope = sloped / n * invstd if n != 0.0 else 0.0
         scale, term, middle = scale_of(invstd, has_weight, weight, c), bias_of(has_bias, bias, c), mean[c]
-        dx_start = start_of(c, sizes, dx_steps)
-        r_start, dr_start = start_of(c, sizes, r_steps), start_of(c, sizes, dr_steps)
-        fits = fits_single(middle, scale, term) and is_middling(common) and is_middling(slope)
+        fits = agreed(fits_single(middle, scale, term) and is_middling_or_nan(common) and is_middling_or_nan(slope))
+        rows_alone, places_alone = step_alone(rows, places, sizes)
         following = 0
         while True:
-            if writes and fits:
+            if fits:
                 single(
                     staged, staged_dy, dx, x, residual, dresidual,
-                    x_start, dy_start, dx_start, x_start, r_start, dr_start, middle, scale, term, common, slope, part,
+                    first, middle, scale, term, common, slope, works, part,
                     chunk, positions, rows, places, sizes, x_steps, dy_steps, dx_steps, x_steps, r_steps, dr_steps,
                 )  # fmt: skip
-            elif writes:
+            else:
                 double(
                     x, dy, dx, x, residual, dresidual,
-                    x_start, dy_start, dx_start, x_start, r_start, dr_start, middle, scale, term, common, slope, part,
-                    chunk, positions, rows, places, sizes, x_steps, dy_steps, dx_steps, x_steps, r_steps, dr_steps,
+                    c, middle, scale, term, common, slope, writes, part,
+                    chunk, positions, rows_alone, places_alone, sizes,
+                    x_steps, dy_steps, dx_steps, x_steps, r_steps, dr_steps,
                 )  # fmt: skip
             if not others_left:
                 return

@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 
 from bnarray.kernels.cuda.compiled import index, machinery, number, vector
-from bnarray.kernels.cuda.exact import LARGE, is_middling
+from bnarray.kernels.cuda.exact import LARGE, is_middling_or_nan
 
 #: eps; then whether there are weights and biases, and these.
 PARAMETERS = (number, index, vector, index, vector)
@@ -45,7 +45,7 @@ def fits_single(mean, scale, bias):
     """Whether loops in float32 do: terms not too large, factors not too small either."""
     is_far = abs(mean) > LARGE and abs(mean) < np.inf
     is_large = abs(bias) > LARGE and abs(bias) < np.inf
-    return not is_far and not is_large and (is_middling(scale) or abs(scale) == np.inf)
+    return not is_far and not is_large and (is_middling_or_nan(scale) or abs(scale) == np.inf)
 
 
 @cache

@@ -46,3 +46,9 @@ def is_middling(value):
     """Whether a factor, or a sum of products, is one that float32 holds with room on both sides."""
     size = abs(value)
     return size == 0.0 or (size > 1 / LARGE and size < LARGE)
+
+
+@machinery
+def is_middling_or_nan(value):
+    """... or one that is NaN in any precision, and no reason for other features to be computed in another one."""
+    return is_middling(value) or value != value

@@ -12,24 +12,25 @@ from functools import cache
 import numpy as np
 
 from bnarray.kernels.cuda import stage, together
-from bnarray.kernels.cuda.block import merging
+from bnarray.kernels.cuda.block import agreeing, merging
 from bnarray.kernels.cuda.coefficients import PARAMETERS, bias_of, fits_single, invstd_of, scale_of
 from bnarray.kernels.cuda.compiled import THREADS, Kernel, cuda, index, numbers, types, vector
 from bnarray.kernels.cuda.memory import NAMES, POINTERS
 from bnarray.kernels.cuda.moments import leaving
 from bnarray.kernels.cuda.normalize import loop
 from bnarray.kernels.cuda.together import TOLD, is_gone, is_last, is_let_go, let_go, ticket
-from bnarray.kernels.cuda.walk import grid, place, whose
+from bnarray.kernels.cuda.walk import grid, own, place, steps_alone, whose
 
 
 @cache
 def kernel(kind, shape):
     """Make the kernel that writes y, and count, mean and m2."""
-    of_block, (_, start_of) = whose(shape), place(shape)
+    of_block, of_tile, (_, start_of) = whose(shape), own(shape), place(shape)
     copy, landed = stage.staging(kind, shape), stage.landed
     leave_moments, merged = leaving(kind, None, shape, True), merging(shape)
-    single, double = loop(kind, False, shape, np.float32, True), loop(kind, False, shape, np.float64)
-    across, slots, slot_type = shape.across, stage.size(kind, 1, shape.width), stage.TYPES[kind]
+    single, double = loop(kind, False, shape, np.float32, True), loop(kind, False, shape.alone, np.float64)
+    agreed, step_alone = agreeing(shape), steps_alone(shape)
+    size, slots, slot_type = shape.tile, stage.size(kind, 1, shape.width), stage.TYPES[kind]
 
     def forward(
         chunk, chunks, positions, features, rows, places, sizes, x, x_steps, y, y_steps, relu,
@@ -42,18 +43,19 @@ def kernel(kind, shape):
         told = cuda.shared.array(TOLD, types.int64)
         block = ticket(words, chunks, told)
         tile, c, part, writes = of_block(block, chunks, features)
-        x_start, y_start = start_of(c, sizes, x_steps), start_of(c, sizes, y_steps)
+        first, works = of_tile(tile, features)
+        x_start = start_of(first, sizes, x_steps)
         copy(staged, x, x_start, part, chunk, positions, rows, places, sizes, x_steps)
         landed()
         leave_moments(
-            c, part, writes, x_start, x_start, staged, ns,
+            (c, first, part, writes), staged, ns,
             chunk, chunks, positions, features, rows, places, sizes, x, x_steps, x, x_steps, partials,
         )  # fmt: skip
-        orders = 1 + (features + (across - 1)) // across + tile * chunks
+        orders = 1 + (features + (size - 1)) // size + tile * chunks
         others_left = 0
         if is_last(words, tile, chunks, told):
             n, middle, spread = merged(partials, chunks, features, c, ns, offsets, squares)
-            if writes and cuda.threadIdx.x < across:
+            if writes and cuda.threadIdx.x < size:
                 counts[c], mean[c], m2[c] = n, middle, spread
             if chunks > 1:
                 others_left = let_go(words, orders, part, chunks, THREADS)
@@ -63,18 +65,19 @@ def kernel(kind, shape):
             return
         scale = scale_of(invstd_of(n, spread, eps), has_weight, weight, c)
         term = bias_of(has_bias, bias, c)
-        fits = fits_single(middle, scale, term)
+        fits = agreed(fits_single(middle, scale, term))
+        rows_alone, places_alone = step_alone(rows, places, sizes)
         following = 0
         while True:
-            if writes and fits:
+            if fits:
                 single(
-                    staged, y, x, x_start, y_start, x_start, middle, scale, term, relu,
+                    staged, y, x, first, middle, scale, term, relu, works,
                     part, chunk, positions, rows, places, sizes, x_steps, y_steps, x_steps,
                 )  # fmt: skip
-            elif writes:
+            else:
                 double(
-                    x, y, x, x_start, y_start, x_start, middle, scale, term, relu,
-                    part, chunk, positions, rows, places, sizes, x_steps, y_steps, x_steps,
+                    x, y, x, c, middle, scale, term, relu, writes,
+                    part, chunk, positions, rows_alone, places_alone, sizes, x_steps, y_steps, x_steps,
                 )  # fmt: skip
             if not others_left:
                 return

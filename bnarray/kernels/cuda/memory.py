@@ -78,7 +78,7 @@ def loader(kind, real):
     return load
 
 
-# -- Vectors of 16 bytes -----------------------------------------------------------------------------------------------
+# -- Vectors of up to 16 bytes ----------------------------------------------------------------------------------------
 
 #: Bytes of the widest access of a thread, to which its address is aligned.
 WIDEST = 16
@@ -94,41 +94,46 @@ def width_of(kind: int) -> int:
 
 
 if IS_SIMULATED:
-    load_elements = store_elements = pick = put = None  # the simulator's
+    load_elements = store_elements = item = pick = put = None  # the simulator's
 else:
     from llvmlite import ir
     from numba.core import cgutils
     from numba.cuda.extending import intrinsic
 
     _LONG, _WORD, _HALF = ir.IntType(64), ir.IntType(32), ir.IntType(16)
-    _WORDS = ir.VectorType(_WORD, 4)
 
-    def _words_at(context, builder, pointer, i):
+    def _words(dtype, width):
+        """The type of the words in which so many elements are accessed."""
+        return ir.VectorType(_WORD, width * dtype.bitwidth // 32)
+
+    def _words_at(context, builder, pointer, i, words):
         """The address of a vector, in global memory."""
         return builder.addrspacecast(
-            builder.bitcast(builder.gep(pointer, [i]), _WORDS.as_pointer()), _WORDS.as_pointer(1)
+            builder.bitcast(builder.gep(pointer, [i]), words.as_pointer()), words.as_pointer(1)
         )
 
     def _elements_of(builder, words, kind, width):
-        """The elements in four words. Those of 16 bits are cut out of words one by one: the compiler would see through
-        a cast of the vector, and access its halves."""
-        if width < 8:
+        """The elements in words. Those of 16 bits are cut out of words one by one: the compiler would see through a
+        cast of the vector, and access its halves."""
+        count = words.type.count
+        if width <= count:
             elements = builder.bitcast(words, ir.VectorType(kind, width))
             return [builder.extract_element(elements, _WORD(k)) for k in range(width)]
-        singles = [builder.extract_element(words, _WORD(k)) for k in range(4)]
+        singles = [builder.extract_element(words, _WORD(k)) for k in range(count)]
         halves = [builder.trunc(each, _HALF) for word in singles for each in (word, builder.lshr(word, _WORD(16)))]
         return [builder.bitcast(half, kind) for half in halves]
 
-    def _words_of(builder, elements, kind, width):
-        """Four words of elements."""
-        vector = ir.Constant(ir.VectorType(kind, width) if width < 8 else _WORDS, ir.Undefined)
-        if width == 8:
+    def _words_of(builder, elements, kind, words):
+        """Words of elements."""
+        width = len(elements)
+        vector = ir.Constant(ir.VectorType(kind, width) if width <= words.count else words, ir.Undefined)
+        if width > words.count:
             singles = [builder.zext(builder.bitcast(each, _HALF), _WORD) for each in elements]
             pairs = zip(singles[::2], singles[1::2], strict=True)
             elements = [builder.or_(low, builder.shl(high, _WORD(16))) for low, high in pairs]
         for k, element in enumerate(elements):
             vector = builder.insert_element(vector, element, _WORD(k))
-        return builder.bitcast(vector, _WORDS)
+        return builder.bitcast(vector, words)
 
     @cache
     def load_elements(width):
@@ -136,8 +141,11 @@ else:
 
         @intrinsic
         def load(typingctx, array, i):
+            words_type = _words(array.dtype, width)
+
             def generate(context, builder, signature, arguments):
-                words = builder.load(_words_at(context, builder, *arguments), align=WIDEST)
+                at = _words_at(context, builder, *arguments, words_type)
+                words = builder.load(at, align=4 * words_type.count)
                 elements = _elements_of(builder, words, context.get_value_type(array.dtype), width)
                 return context.make_tuple(builder, signature.return_type, elements)
 
@@ -151,16 +159,31 @@ else:
 
         @intrinsic
         def store(typingctx, array, i, elements):
+            words_type = _words(array.dtype, width)
+
             def generate(context, builder, signature, arguments):
                 pointer, at, given = arguments
                 singles = [builder.extract_value(given, k) for k in range(width)]
-                words = _words_of(builder, singles, context.get_value_type(array.dtype), width)
-                builder.store(words, _words_at(context, builder, pointer, at), align=WIDEST)
+                words = _words_of(builder, singles, context.get_value_type(array.dtype), words_type)
+                place = _words_at(context, builder, pointer, at, words_type)
+                builder.store(words, place, align=4 * words_type.count)
                 return context.get_dummy_value()
 
             return types.void(array, types.int64, elements), generate
 
         return store
+
+    @intrinsic
+    def item(typingctx, elements, k):
+        """Return the k-th of a tuple's elements, for a k that is known."""
+        if not isinstance(k, types.IntegerLiteral):
+            return None  # and Numba tells what it knows
+        place = k.literal_value
+
+        def generate(context, builder, signature, arguments):
+            return builder.extract_value(arguments[0], place)
+
+        return elements[place](elements, k), generate
 
     @intrinsic
     def pick(typingctx, elements, k):
@@ -207,19 +230,29 @@ def loading(shape):
 
 @cache
 def _one_by_one(width):
+    @machinery
+    def at(array, i, k):
+        return array[i + k]
+
+    return tuple_of(at, width)
+
+
+@cache
+def tuple_of(function, width):
+    """Make the function that returns (function(a, b, 0), function(a, b, 1), …), in which no loop is to be unrolled."""
     last = width - 1
 
     @machinery
-    def one(array, i):
-        return (array[i],)
+    def one(a, b):
+        return (function(a, b, last),)
 
     if width == 1:
         return one
-    before = _one_by_one(last)
+    before = tuple_of(function, last)
 
     @machinery
-    def many(array, i):
-        return before(array, i) + (array[i + last],)  # noqa: RUF005  # Numba unpacks no tuples
+    def many(a, b):
+        return before(a, b) + (function(a, b, last),)  # noqa: RUF005  # Numba unpacks no tuples
 
     return many
 
@@ -231,9 +264,31 @@ def is_by_vectors(kind, real, width):
 
 
 @cache
-def all_of(function, width):
-    """Make the function that adds three tuples' elements, in turn, to what comes of those before."""
-    find = pick
+def each(function, shape):
+    """Make the function that is applied to each of a thread's features: to a tuple's elements, if they are abreast."""
+
+    at = item
+
+    @machinery
+    def of_one(elements, _, k):
+        return function(at(elements, k))
+
+    of_all = tuple_of(of_one, shape.width)
+
+    @machinery
+    def of_each(elements):
+        return of_all(elements, 0)
+
+    return of_each if shape.abreast else function
+
+
+@cache
+def all_of(function, shape):
+    """Make the function that adds three tuples' elements, in turn, to what comes of those before.
+
+    Abreast, each feature has its own of all this.
+    """
+    find, at, width = pick, item, shape.width
 
     @machinery
     def of_all(a, b, c, so_far, shared):
@@ -241,4 +296,16 @@ def all_of(function, width):
             so_far = function(find(a, k), find(b, k), find(c, k), so_far, shared)
         return so_far
 
-    return of_all
+    @machinery
+    def of_one(elements, states, k):
+        a, b, c = elements
+        so_far, shared = states
+        return function(at(a, k), at(b, k), at(c, k), at(so_far, k), at(shared, k))
+
+    one_by_one = tuple_of(of_one, width)
+
+    @machinery
+    def of_each(a, b, c, so_far, shared):
+        return one_by_one((a, b, c), (so_far, shared))
+
+    return of_each if shape.abreast else of_all

@@ -2,7 +2,7 @@
 
 Each thread has its own slots, which nobody else looks at, so that no thread waits for another: its i-th position lies
 beside those of its neighbours. Copies run on their own (`cp.async`), all of a chunk at a time, wherever elements come
-in 4 or 16 bytes.
+in 4, 8 or 16 bytes.
 """
 
 from functools import cache
@@ -39,7 +39,7 @@ else:
     from llvmlite import ir
     from numba.cuda.extending import intrinsic
 
-    from bnarray.kernels.cuda.memory import _WORDS, _elements_of
+    from bnarray.kernels.cuda.memory import _elements_of, _words
 
     _BYTE, _VOID = ir.IntType(8), ir.VoidType()
 
@@ -50,7 +50,7 @@ else:
 
     @cache
     def copy_at_once(width):
-        """Make the function that begins to copy so many elements into slots: 16 bytes, or one element of 4."""
+        """Make the function that begins to copy so many elements into slots: 16 bytes, 8, or 4."""
 
         @intrinsic
         def copy(typingctx, staged, slot, array, i):
@@ -92,8 +92,9 @@ else:
         @intrinsic
         def load(typingctx, staged, slot):
             def generate(context, builder, signature, arguments):
-                at = builder.bitcast(_shared_at(context, builder, staged, *arguments), _WORDS.as_pointer(3))
-                words = builder.load(at, align=WIDEST)
+                words_type = _words(staged.dtype, width)
+                at = builder.bitcast(_shared_at(context, builder, staged, *arguments), words_type.as_pointer(3))
+                words = builder.load(at, align=4 * words_type.count)
                 elements = _elements_of(builder, words, context.get_value_type(staged.dtype), width)
                 return context.make_tuple(builder, signature.return_type, elements)
 

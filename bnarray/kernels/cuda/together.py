@@ -9,6 +9,9 @@ room on its multiprocessor; the last one then does the rest of that chunk, from 
 progress however few blocks a device holds at a time and whatever else runs there, if only at the speed of one block a
 tile. Tickets make that rare: of all that wait, those of the lowest tile can only wait for one that will begin next.
 
+The sums of a pass of two launches (`moments`, `grad_sums`) report in the same way, and whoever is last merges, once for
+each tile and not in every block of the second launch; there nobody waits.
+
 Integers alone are counted atomically. All are 0 before a launch, and after it::
 
     words = [tickets, reports of tile 0, of tile 1, …, order to block 0, to block 1, …]

@@ -9,9 +9,13 @@ A position is a row, the index over the outer axes, and a place along the inner 
 elements between neighbours, for each operand) go over the outer axes, the inner one, and the feature axes. Indices have
 64 bits. Going on to the next position divides only where there are two outer axes or more.
 
-A position may be a vector of 16 bytes along the inner axis: sizes and steps are then those of vectors. Where each
-element is worked on by itself, the bits are the same with and without. Sums hear of the order: for them strides and
-dtype alone decide whether positions are vectors, and one that is not aligned is read element by element (`apart`).
+A position may be a vector of elements, which a thread accesses at once. Along the inner axis sizes and steps are then
+those of vectors. Along the features (`abreast`) a thread works on as many of them, a tile has as many features with
+fewer threads side by side, and more lines. Where each element is worked on by itself, the bits are the same with and
+without. Sums hear of the order: for them strides and dtype alone decide whether positions are vectors, and one that is
+not aligned is read element by element (`apart`).
+
+What is done once for each feature of a tile, a thread does for one: its number modulo the tile's features.
 """
 
 from functools import cache
@@ -30,6 +34,7 @@ class Shape(NamedTuple):
     features: int  # axes
     width: int = 1  # elements of a position: a thread reads and writes so many at once
     apart: bool = False  # ... or one by one, because they are not aligned
+    abreast: bool = False  # elements of a position are of so many features, which lie side by side; else of one
 
     @property
     def axes(self) -> int:
@@ -39,8 +44,23 @@ class Shape(NamedTuple):
     def lines(self) -> int:
         return THREADS // self.across
 
+    @property
+    def values(self) -> int:
+        """How many elements of a position are of one feature."""
+        return 1 if self.abreast else self.width
+
+    @property
+    def tile(self) -> int:
+        """How many features a block has."""
+        return self.across * (self.width // self.values)
+
+    @property
+    def alone(self) -> "Shape":
+        """The same tile, in which each thread works on one feature, if it has several here."""
+        return Shape(self.tile, self.outer, self.features) if self.abreast else self
+
     def __str__(self) -> str:
-        wide = f"_by_{self.width}{'_apart' * self.apart}" if self.width > 1 else ""
+        wide = f"_{'abreast' if self.abreast else 'by'}_{self.width}{'_apart' * self.apart}" if self.width > 1 else ""
         return f"{self.across}_{self.outer}_{self.features}{wide}"
 
 
@@ -80,27 +100,46 @@ def whose(shape):
 
     Lanes beyond the last feature go along with it, and are told to write nothing.
     """
-    across = shape.across
+    size = shape.tile
 
     @machinery
     def of_block(block, chunks, features):
         tile = block // chunks
-        c = tile * across + np.int64(cuda.threadIdx.x) % across
+        c = tile * size + np.int64(cuda.threadIdx.x) % size
         return tile, min(c, features - 1), block - tile * chunks, c < features
 
     return of_block
 
 
 @cache
+def own(shape):
+    """Make the function that tells a thread the first of the features whose elements it works on, as `whose` does."""
+    across, width, size = shape.across, shape.width, shape.tile
+
+    @machinery
+    def of_tile(tile, features):
+        first = tile * size + np.int64(cuda.threadIdx.x) % across * width
+        return min(first, features - width), first < features
+
+    @machinery
+    def of_tile_alone(tile, features):
+        c = tile * size + np.int64(cuda.threadIdx.x) % size
+        return min(c, features - 1), c < features
+
+    return of_tile if shape.abreast else of_tile_alone
+
+
+@cache
 def place(shape):
-    """Make the functions that tell a thread its feature and chunk, and the elements before a feature's first one."""
-    of_block = whose(shape)
+    """Make the functions that tell a thread its chunk and features, and the elements before a feature's first one."""
+    of_block, of_tile = whose(shape), own(shape)
     of_feature = _offset(shape.outer + 1, shape.axes - 1)
 
     @machinery
     def feature(chunks, features):
-        _, c, part, writes = of_block(np.int64(cuda.blockIdx.x), chunks, features)
-        return c, part, writes
+        tile, c, part, writes = of_block(np.int64(cuda.blockIdx.x), chunks, features)
+        first, works = of_tile(tile, features)
+        return c, first, part, writes, works
 
     @machinery
     def start(c, sizes, steps):
@@ -142,3 +181,20 @@ def walk(shape):
         return row, place
 
     return begin, at, onward
+
+
+@cache
+def steps_alone(shape):
+    """Make the function that returns rows and places of a step to the next position of a line, for `shape.alone`."""
+    inner, lines = shape.outer, shape.alone.lines
+
+    @machinery
+    def as_given(rows, places, sizes):
+        return rows, places
+
+    @machinery
+    def anew(rows, places, sizes):
+        row = lines // sizes[inner]
+        return row, lines - row * sizes[inner]
+
+    return anew if shape.abreast else as_given

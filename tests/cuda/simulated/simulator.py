@@ -72,9 +72,10 @@ class Pointer(int):
             raise IndexError(f"element {i} is outside of the array")
         return at
 
-    def assert_aligned(self, i: int) -> None:
-        """Raise, as a device does, if a vector does not begin at element i."""
-        assert (self + int(i) * self._flat.itemsize) % memory.WIDEST == 0, "misaligned"
+    def assert_aligned(self, i: int, width: int) -> None:
+        """Raise, as a device does, if so many elements do not begin at a multiple of their size."""
+        size = self._flat.itemsize
+        assert (self + int(i) * size) % (width * size) == 0, "misaligned"
 
     def __getitem__(self, i: int) -> Any:
         return self._flat[self._at(i)]
@@ -139,6 +140,7 @@ class _Block:
         self.running: list[Any] = []
         self.waiting: list[Any] = []
         self.shared: dict[Any, np.ndarray] = {}
+        self.given: defaultdict[int, dict[int, Any]] = defaultdict(dict)  # by how many a thread has taken part in
         self.votes: defaultdict[int, list[bool]] = defaultdict(list)  # by how many a thread has taken part in
 
 
@@ -153,7 +155,7 @@ class _Cuda:
 
     def array(self, size: int, dtype: Any, alignment: int | None = None) -> np.ndarray:
         frame = sys._getframe(1)
-        place = frame.f_code, frame.f_lineno
+        place = frame.f_code, frame.f_lineno, size
         shared = getcurrent().block.shared
         if place not in shared:
             shared[place] = np.full(size, 7 if dtype in types.integer_domain else np.nan, _DTYPES[dtype])
@@ -164,6 +166,17 @@ class _Cuda:
 
     def nanosleep(self, nanoseconds: int) -> None:
         getcurrent().parent.switch("sleep")
+
+    def shfl_xor_sync(self, mask: int, value: Any, other: int) -> Any:
+        """A warp's threads exchange values, when all of the block have come."""
+        assert mask == 0xFFFFFFFF
+        thread = getcurrent()
+        values = thread.block.given[thread.exchanges]
+        thread.exchanges += 1
+        values[thread.number] = value
+        self.syncthreads()
+        assert thread.number // 32 == (thread.number ^ other) // 32, "of another warp"
+        return values[thread.number ^ other]
 
     def syncthreads_or(self, predicate: Any) -> int:
         thread = getcurrent()
@@ -193,7 +206,8 @@ def _begin(function: Callable[..., None], number: int, arguments: tuple[Any, ...
     block = _Block(number)
     for i in range(compiled.THREADS):
         thread = greenlet(function)
-        thread.number, thread.block, thread.votes, thread.given, thread.coming = i, block, 0, arguments, []
+        thread.number, thread.block, thread.given, thread.coming = i, block, arguments, []
+        thread.votes = thread.exchanges = 0
         block.running.append(thread)
     return block
 
@@ -247,7 +261,9 @@ def launch(self: Any, device: int, stream: int, blocks: int, *arguments: Any) ->
     launched.append(self.name)
     places = 1
     if together.words_type in self.signature.args:
-        places, arguments = room.blocks, (*arguments[:-1], room.patience)
+        places = room.blocks
+        if self.signature.args[-1] != together.words_type:  # but how often a block looks for its order
+            arguments = *arguments[:-1], room.patience
 
     def work() -> None:
         device_double.blocks = blocks
@@ -263,7 +279,7 @@ def give(device: int, stream: int, work: Callable[[], None]) -> None:
 
 def _load_elements(width: int) -> Callable[[Pointer, int], tuple[Any, ...]]:
     def load(array: Pointer, i: int) -> tuple[Any, ...]:
-        array.assert_aligned(i)
+        array.assert_aligned(i, width)
         return tuple(array[i + k] for k in range(width))
 
     return load
@@ -271,7 +287,7 @@ def _load_elements(width: int) -> Callable[[Pointer, int], tuple[Any, ...]]:
 
 def _store_elements(width: int) -> Callable[[Pointer, int, tuple[Any, ...]], None]:
     def store(array: Pointer, i: int, elements: tuple[Any, ...]) -> None:
-        array.assert_aligned(i)
+        array.assert_aligned(i, width)
         for k, element in zip(range(width), elements, strict=True):
             array[i + k] = element
 
@@ -292,7 +308,7 @@ def _put(elements: tuple[Any, ...], k: int, element: Any) -> tuple[Any, ...]:
 def _copy_at_once(width: int) -> Callable[[np.ndarray, int, Pointer, int], None]:
     def copy(staged: np.ndarray, slot: int, array: Pointer, i: int) -> None:
         if width > 1:
-            array.assert_aligned(i)
+            array.assert_aligned(i, width)
             assert slot % width == 0
         thread = getcurrent()
         for k in range(width):
@@ -342,7 +358,7 @@ most_parts = together.most_parts
 def install() -> None:
     """Let launches run here."""
     memory.load_elements, memory.store_elements = _load_elements, _store_elements
-    memory.pick, memory.put = _pick, _put
+    memory.item, memory.pick, memory.put = _pick, _pick, _put
     stage.copy_at_once, stage.landed, stage.load_staged = _copy_at_once, _landed, _load_staged
     together.count_up, together.put_first, together.look = _count_up, _put_first, _look
     together.most_parts = lambda device: 1000

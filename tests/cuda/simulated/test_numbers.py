@@ -16,13 +16,14 @@ from tests.cuda.simulated import simulator
 F32 = TOLERANCES["float32"]
 
 
-@pytest.mark.parametrize("layout", ["channels first", "channels last"])
+@pytest.mark.parametrize("layout", ["channels first", "channels last", "four a thread"])
 @pytest.mark.parametrize(
     ("mean", "deviation"), [(1e6, 1.0), (-3e4, 1e-2), (0.0, 1e30), (1e36, 1e36), (0.0, 1e-25), (7.0, 0.0)]
 )
 def test_far_and_large_numbers(simulated: object, mean: float, deviation: float, layout: str) -> None:
     rng = np.random.default_rng(1)
-    shape, kept = ((5, 3, 40), (1,)) if layout == "channels first" else ((200, 9), (1,))
+    shape = {"channels first": (5, 3, 40), "channels last": (200, 9), "four a thread": (200, 8)}[layout]
+    kept = (1,)
     x, dy = (mean + deviation * rng.normal(size=shape)).astype(np.float32), rng.normal(size=shape).astype(np.float32)
     eps = min(1e-5, deviation**2) or 1e-5
     truth = reference(x, dy, kept, eps=eps)
@@ -97,10 +98,16 @@ def _laid(x: np.ndarray, elements: int) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
 @pytest.mark.parametrize("residual", [False, True])
-def test_vectors_and_elements_give_the_same_bits(simulated: SimpleNamespace, dtype: Any, residual: bool) -> None:
-    """Accesses of 16 bytes, where memory allows them, change nothing but their number."""
+@pytest.mark.parametrize("layout", ["first", "last"])
+def test_vectors_and_elements_give_the_same_bits(
+    simulated: SimpleNamespace, dtype: Any, residual: bool, layout: str
+) -> None:
+    """Accesses of 16 bytes or 8, where memory allows them, change nothing but their number."""
     rng, names = np.random.default_rng(9), simulator.launched
-    x, onto, dy = rng.normal(3, 2, (3, 5, 3, 48)).astype(dtype)
+    x, onto, dy = rng.normal(3, 2, (3, 5, 3, 48) if layout == "first" else (3, 50, 40)).astype(dtype)
+    ending = f"_by_{16 // x.itemsize}" if layout == "first" else "_abreast_4"
+    if layout == "last" and dtype != np.float16:
+        x[:, 5] *= x.dtype.type(1e30)  # of this tile float32 holds some features, and not this one
     results = []
     for shift in (0, 1):
         names.clear()
@@ -110,7 +117,7 @@ def test_vectors_and_elements_give_the_same_bits(simulated: SimpleNamespace, dty
         )
         gradients = bn.batch_norm_backward(laid[2], saved, out=_laid(x, shift))
         results.append((y, *(each for each in gradients if each is not None)))
-        assert any(name.endswith(f"_by_{16 // x.itemsize}") for name in names) == (not shift)
+        assert any(name.endswith(ending) for name in names) == (not shift and (layout, dtype) != ("last", np.float64))
         assert any(name.endswith("_apart") for name in names) == (shift and dtype != np.float64)
     for aligned, shifted in zip(*results, strict=True):
         np.testing.assert_array_equal(aligned.view(np.uint8), shifted.view(np.uint8))
@@ -138,7 +145,7 @@ def test_in_place(simulated: object) -> None:
     np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize(("shape", "kept"), [((2, 1, 100, 91), (1,)), ((1100, 33), (1,))])
+@pytest.mark.parametrize(("shape", "kept"), [((2, 1, 100, 91), (1,)), ((1100, 33), (1,)), ((1100, 36), (1,))])
 def test_cut_as_on_a_device(
     simulated: object, cut_as_on_a_device: None, shape: tuple[int, ...], kept: tuple[int, ...]
 ) -> None:

@@ -82,6 +82,8 @@ def _laid_out(x: np.ndarray, layout: str) -> np.ndarray:
         ((4, 2, 61), "first"),  # one by one, several chunks, and a tail
         ((90, 5), "first"),  # features side by side
         ((2, 37, 9), "last"),  # more than a warp of them
+        ((90, 12), "first"),  # four of them a thread
+        ((2, 40, 9), "last"),  # more than a tile of such
     ],
 )
 def test_one_launch_has_the_bits_of_two(
@@ -93,30 +95,33 @@ def test_one_launch_has_the_bits_of_two(
     if dtype == np.float32:
         _both_ways(monkeypatch, x, dy, False)
     names = _both_ways(monkeypatch, x, dy, True, onto)
-    assert [name.partition("_")[0] for name in names] == ["moments", "merge", "normalize", "backward"]
+    assert [name.partition("_")[0] for name in names] == ["moments", "normalize", "backward"]
 
 
+@pytest.mark.parametrize("layout", ["first", "last"])
 @pytest.mark.parametrize(
     ("mean", "deviation"), [(1e6, 1.0), (0.0, 1e30), (1e36, 1e36), (0.0, 1e-25), (7.0, 0.0), (np.nan, 1.0)]
 )
 def test_what_float32_cannot_hold(
-    simulated: object, monkeypatch: pytest.MonkeyPatch, mean: float, deviation: float
+    simulated: object, monkeypatch: pytest.MonkeyPatch, mean: float, deviation: float, layout: str
 ) -> None:
     rng = np.random.default_rng(1)
-    x, dy = _aligned((mean + deviation * rng.normal(size=(5, 3, 60))).astype(np.float32)), rng.normal(size=(5, 3, 60))
+    shape = (5, 3, 60) if layout == "first" else (5, 8, 10)
+    values, gradients = mean + deviation * rng.normal(size=shape), rng.normal(size=shape)
+    x, dy = (_aligned(_laid_out(each.astype(np.float32), layout)) for each in (values, gradients))
     x[0, 1, :7] = 1  # one feature is another case than the others, in some of its chunks
-    names = _both_ways(monkeypatch, x, _aligned(dy.astype(np.float32)), True)
+    names = _both_ways(monkeypatch, x, dy, True)
     assert [name.partition("_")[0] for name in names] == ["forward", "backward"]
 
 
-@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("layout", ["first", "last", "four a thread"])
 @pytest.mark.parametrize(
     ("blocks", "patience"),
     [(1, 0), (1, 20), (2, 20), (3, 20), (7, 20), (8, 10**9), (9, 10**9), (1000, 0), (1000, 7), (1000, 10**9)],
 )
 def test_nobody_waits_forever(simulated: object, blocks: int, patience: int, layout: str) -> None:
     """However few blocks a device holds at a time: where siblings cannot begin, those that wait make room for them."""
-    rng, shape = np.random.default_rng(2), (3, 2, 122) if layout == "first" else (2, 3, 50)
+    rng, shape = np.random.default_rng(2), {"first": (3, 2, 122), "last": (2, 3, 50)}.get(layout, (2, 4, 50))
     x, dy = (_aligned(_laid_out(each.astype(np.float32), layout)) for each in rng.normal(3, 2, (2, *shape)))
     expected = _everything(x, dy, True)
     assert room.waits_in_vain == 0
@@ -175,7 +180,7 @@ def test_gradients_over_dy(simulated: object, monkeypatch: pytest.MonkeyPatch) -
 def _launched(call: Callable[[], Any]) -> list[str]:
     simulator.launched.clear()
     call()
-    return [name.partition("_")[0] for name in simulator.launched if not name.startswith("merge")]
+    return [name.partition("_")[0] for name in simulator.launched]
 
 
 def test_which_road_a_pass_takes(simulated: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +203,10 @@ def test_which_road_a_pass_takes(simulated: SimpleNamespace, monkeypatch: pytest
     assert _launched(lambda: bn.batch_norm(x.astype(np.float64))) == two
     assert _launched(lambda: bn.batch_norm(_aligned(x, 1))) == two  # vectors that are not aligned
     assert _launched(lambda: bn.batch_norm(_aligned(x[:, :, :63], 1))) == one  # no vectors
+    last = _laid_out(np.repeat(x, 4, axis=1), "last")
+    assert _launched(lambda: bn.batch_norm(_aligned(last))) == one
+    assert _launched(lambda: bn.batch_norm(_aligned(last, 1))) == two
+    assert _launched(lambda: bn.batch_norm(_aligned(last[:, :11], 1))) == one
     assert _launched(lambda: bn.moments(x)) == ["moments"]
     y, saved = bn.batch_norm_forward(x, activation="relu", residual=x)
     assert _launched(lambda: bn.batch_norm_backward(y, saved)) == ["backward"]

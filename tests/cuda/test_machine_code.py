@@ -106,8 +106,8 @@ def _of_one_launch() -> list[Kernel]:
         backward.kernel(memory.FLOAT32, gate.OPEN, last),
         forward.kernel(memory.FLOAT32, ABREAST),
         forward.kernel(memory.BFLOAT16, ABREAST),
-        backward.kernel(memory.FLOAT32, gate.RELU, ABREAST),
-        backward.kernel(memory.FLOAT16, gate.RELU_ONTO, ABREAST),
+        backward.kernel(memory.FLOAT16, gate.RELU, ABREAST),
+        backward.kernel(memory.FLOAT32, gate.RELU_ONTO, ABREAST),
     ]
 
 
@@ -154,7 +154,7 @@ def test_registers_are_enough(kernel: Kernel, capability: tuple[int, int]) -> No
     has_many = kernel.name.startswith(("grad_sums_2", "backward"))
     most = 64 if kernel.name.endswith(str(SHAPES[2])) else 32 if has_many else 0
     if "abreast" in kernel.name:  # and those of one launch have both kinds of loops
-        most = {"forward": 64, "backward": 192, "grad_sums": 32}.get(re.match("(grad_)?[a-z]+", kernel.name)[0], 0)
+        most = {"forward": 64, "backward": 208, "grad_sums": 32}.get(re.match("(grad_)?[a-z]+", kernel.name)[0], 0)
     assert "smem" not in log or said(r"(\d+) bytes smem") <= together.SHARED
     assert said(r"(\d+) bytes stack frame") <= most
     assert said(r"(\d+) bytes spill stores") <= most

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bnarray.backends import _torch_tensors as tensors
-from bnarray.dispatch import backend, meet
+from bnarray.dispatch import meet
 from bnarray.functional import batch_norm, batch_norm_forward
 from bnarray.stats import Moments
 
@@ -28,17 +28,18 @@ def _track(module: Any, count: int, mean: Any, m2: Any) -> None:
     """Take a batch's statistics into the buffers."""
     if isinstance(mean, Tensor):
         _track_unseen(module, mean, m2 / (count - 1))
-    elif not backend(mean).is_finite(mean, m2):
+        return
+    number, is_mean_of_all = module.num_batches_tracked, module.momentum is None
+    rate = _rate(module, int(number) + 1 if is_mean_of_all and number is not None else None)
+    if tensors.follow(module.running_mean, module.running_var, count, mean, m2, rate):
+        if number is not None:
+            number.add_(1)
+    else:
         warnings.warn(
             "the batch's statistics hold a NaN or an infinity; the running ones skip it",
             RuntimeWarning,
             stacklevel=5,  # the caller of the module, past torch's two frames
         )
-    else:
-        number = module.num_batches_tracked
-        rate = _rate(module, None if number is None else float(number.add_(1)))
-        for running, new in ((module.running_mean, mean), (module.running_var, m2 / (count - 1))):
-            running.lerp_(tensors.of_vector(new, running, running.dtype), rate)
 
 
 def _track_unseen(module: Any, mean: Tensor, var: Tensor) -> None:

@@ -354,3 +354,21 @@ def test_statistics_far_from_zero() -> None:
 def test_imports_nothing_else(run_python: Callable[..., str]) -> None:
     code = "import sys, bnarray.torch; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     assert not set(run_python(code).split()) & {"jax", "cupy", "dask", "autograd"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_buffers_of_any_dtype_follow_in_place(dtype: Any) -> None:
+    """In float64, rounded once; and torch hears of it, as of everything that is done to a tensor in place."""
+    layer = bt.BatchNorm1d(3, dtype=dtype)
+    x = torch.randn(8, 3, dtype=torch.float64)
+    before, versions = layer.running_mean.data_ptr(), [each._version for each in layer.buffers()]
+    layer(x)
+    assert layer.running_mean.data_ptr() == before
+    assert all(new._version > old for new, old in zip(layer.buffers(), versions, strict=True))
+    torch.testing.assert_close(layer.running_mean, (0.1 * x.mean(0)).to(dtype), rtol=1e-7, atol=0)
+    torch.testing.assert_close(layer.running_var, (0.9 + 0.1 * x.var(0)).to(dtype), rtol=1e-7, atol=0)
+    layer.running_mean = torch.zeros(6, dtype=dtype)[::2]  # memory that is not contiguous
+    layer(x)
+    torch.testing.assert_close(layer.running_mean, (0.1 * x.mean(0)).to(dtype), rtol=1e-2, atol=1e-3)
+    with torch.inference_mode():
+        bt.BatchNorm1d(3)(x)

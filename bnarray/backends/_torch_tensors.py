@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from bnarray.backends import _again, _strided
 from bnarray.backends import numpy as numpy_backend
@@ -20,7 +21,7 @@ from bnarray.backends._strided import Memory, Vector
 from bnarray.backends.generic import plain
 from bnarray.cuda import obstacle
 from bnarray.dispatch import Transform, backend, load
-from bnarray.kernels.cpu import memory
+from bnarray.kernels.cpu import memory, whole
 from bnarray.layout import broadcasts
 from bnarray.stats import RunningStats
 
@@ -289,6 +290,23 @@ def of_vector(of_features: Any, x: Tensor, dtype: torch.dtype = torch.float64) -
         return torch.tensor(of_features, dtype=dtype, device="cpu")  # whatever the default
     with np.errstate(all="ignore"):  # beyond a dtype is infinity, or zero
         return torch.from_numpy(np.array(of_features, _OF_NUMPY[dtype]))
+
+
+def follow(running_mean: Tensor, running_var: Tensor, count: int, mean: Any, m2: Any, rate: float) -> bool:
+    """Take a batch's statistics (vectors) into running ones, unless they are not finite; return whether they are."""
+    running = running_mean, running_var
+    of_mean, of_var = (_of_memory(each) for each in running)
+    if of_mean is None or of_mean != of_var or running_mean.dtype not in _KINDS or not running_mean.is_contiguous():
+        if not numpy_backend.is_finite(mean, m2):
+            return False
+        for old, new in zip(running, (mean, m2 / (count - 1)), strict=True):
+            old.lerp_(of_vector(new, old, old.dtype), rate)
+        return True
+    at = running_mean.data_ptr(), running_var.data_ptr(), _KINDS[running_mean.dtype]
+    is_finite: bool = whole.track.call(float(count), mean, m2, rate, *at, np.empty((4, mean.size)))
+    if is_finite and not running_mean.is_inference():
+        increment_version(running)
+    return is_finite
 
 
 # -- Verbs -------------------------------------------------------------------------------------------------------------

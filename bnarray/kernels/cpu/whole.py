@@ -136,6 +136,19 @@ def _go_back(scratch, sheet, grid, axes, dy, x, dx, eps, vectors, dweight, dbias
     return DONE
 
 
+def _track(count, mean, m2, rate, running_mean, running_var, kind, room):
+    """Take a batch's statistics into running ones in memory; return whether they are finite, else nothing is done."""
+    if not features.all_finite(mean, m2):
+        return False
+    old, new = room[:2], room[2:]
+    read(running_mean, _item(kind), kind, old[0])
+    read(running_var, _item(kind), kind, old[1])
+    features.run(old[0], old[1], count, mean[:0], mean, m2, rate, 1.0, new)
+    write(new[0], running_mean, _item(kind), kind)
+    write(new[1], running_var, _item(kind), kind)
+    return True
+
+
 def _begin(sheet, weight, bias, vectors, mean, var):
     if mean != NOWHERE:
         _read_statistics(mean, var, vectors)
@@ -157,3 +170,6 @@ go_back = Kernel("go_back", types.int64(*_entry, index, index, index, number, pa
 begin = Kernel("begin", types.void(indices, index, index, partials, index, index), _begin)
 follow = Kernel("follow", types.int64(number, partials, index, index, number, number, partials), _follow.py_func)
 write_sums = Kernel("write_sums", types.void(indices, vector, vector, index, index), _write_sums.py_func)
+
+#: Follows a batch in memory that others own: vectors of one kind, contiguous. Takes room for four vectors.
+track = Kernel("track", types.boolean(number, vector, vector, number, index, index, index, partials), _track)

@@ -20,8 +20,10 @@ _SETTINGS = ("OPT", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "LOOP_VECTORIZE", "SLP_V
 
 
 class _Part(JITCodeLibrary):  # type: ignore[misc]  # Numba is not typed throughout
-    """The code of a function that nobody calls but kernels: optimised and turned into machine code with each of them, not
-    before. Some hundred such functions, each brought to the end by itself, took a quarter of a first call's time."""
+    """The code of a function that nobody calls but kernels: optimised and turned into machine code with each of them.
+
+    Some hundred such functions, each brought to the end by itself, took a quarter of a first call's time.
+    """
 
     # Numba sets the environment of a function where its machine code is, and there is none.
     @property

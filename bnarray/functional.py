@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
-from math import isfinite
+from math import isfinite, prod
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from bnarray import steps
@@ -173,13 +173,13 @@ def batch_norm(
     """
     is_plain = where is None and residual is None and group is None
     signature, again = _as_before(x, weight, bias, stats, training, axis, eps, activation, is_plain)
-    if again is not None and (out is None or again.is_small):
-        if out is not None:
-            _checked_out(backend(x), x, weight, bias, None, None, out)
-        if done := again.forward(x, weight, bias, stats):
-            if out is None:
-                return done[0]
-            out[...] = done[0]  # a small array: nothing may be in out before all is decided
+    takes = again is not None and (out is None or (again.is_sure and again.takes(out, x, weight, bias)))
+    if takes and (done := again.forward(x, weight, bias, stats, out)):
+        return done[0]
+    if not takes and out is not None and again is not None and again.is_small:
+        _checked_out(backend(x), x, weight, bias, None, None, out)
+        if done := again.forward(x, weight, bias, stats, None):
+            out[...] = done[0]
             return out
     call = _checked(x, weight, bias, stats, training, axis, eps, where, activation, residual, out)
     y, _ = _forward(call, group)
@@ -226,9 +226,10 @@ def batch_norm_forward(
     >>> saved.moments.mean
     array([2.])
     """
-    is_plain = where is None and residual is None and group is None and out is None
+    is_plain = where is None and residual is None and group is None
     signature, again = _as_before(x, weight, bias, stats, training, axis, eps, activation, is_plain)
-    if again is not None and (done := again.forward(x, weight, bias, stats)):
+    takes = again is not None and (out is None or (again.is_sure and again.takes(out, x, weight, bias)))
+    if takes and (done := again.forward(x, weight, bias, stats, out)):
         y, vectors = done
         dtypes = again.dtypes
         return y, Saved(
@@ -303,9 +304,10 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved is a {type(saved).__name__}; it should be what batch_norm_forward returned with y")
-    if saved.again is not None and out is None:
+    if saved.again is not None:
         signature = backend(saved.x).signature_of_gradient(dy, saved.x)
-        if signature is not None and (done := saved.again.backward(dy, signature, saved.x, saved.vectors)):
+        takes = signature is not None and (out is None or saved.again.takes(out, dy, saved.x))
+        if takes and (done := saved.again.backward(dy, signature, saved.x, saved.vectors, out)):
             return Gradients(*done)
     if saved.exchange is None:
         return _backward(dy, saved, out, None)
@@ -453,6 +455,13 @@ class _Call(NamedTuple):
 
     def overwrites(self, array: Array) -> bool:
         return self.out is not None and self.verbs.overlap(self.out, array)
+
+    def is_sure(self) -> bool:
+        """Whether no numbers in x can keep the call from ending well; all is still there if it has to begin anew."""
+        features = features_shape(self.x.shape, self.kept)
+        return not self.overwrites(self.x) and (
+            not isinstance(self.stats, RunningStats) or self.stats.is_sure(prod(self.x.shape) // max(1, prod(features)))
+        )
 
 
 def _checked(
@@ -611,8 +620,9 @@ def _forward(call: _Call, exchange: Any) -> tuple[Array, Transform]:
         weight = None if weight is None else verbs.vector(weight, x, copy=True)
         bias = None if bias is None else verbs.vector(bias, x, copy=True)
         y, transform = steps.forward(
-            verbs, x, weight, bias, residual, where, given, kept, eps, relu, out, decide, exchange
-        )
+            verbs, x, weight, bias, residual, where, given, kept, eps, relu, out, decide, exchange,
+            is_sure=call.is_sure(),
+        )  # fmt: skip
     if update is not None:
         update()
     return y, transform

@@ -438,6 +438,10 @@ class RunningStats:
                 "m = bnarray.moments(x) and return stats.updated(m)"
             )
 
+    def is_sure(self, count: int) -> bool:
+        """Whether `prepare` takes every batch with so many values of a feature, or leaves it out, and refuses none."""
+        return self._nonfinite != "raise" and (self._update_rate is None or count > self._correction)
+
     def prepare(self, count: Count, mean: Array, m2: Array) -> Callable[[], None]:
         """Decide what an update with a batch does, raise or warn if it must, and return the function that does it."""
         if self.is_frozen():

@@ -54,17 +54,20 @@ def forward(
     out: Array | None = None,
     decide: Callable[[Any, Array, Array], None] = _decide_nothing,
     exchange: Exchange | None = None,
+    *,
+    is_sure: bool = False,
 ) -> tuple[Array, Transform]:
     """Return (y, what was done to x), by the batch's own statistics or by given ones.
 
-    `decide` hears of the batch's before anything is written that somebody may see, and raises if they will not do.
+    `decide` hears of the batch's before anything is written that somebody may see, and raises if they will not do;
+    unless it `is_sure` that they will, whatever they are, and that out is no part of x.
     """
     y = None
     if given is None:
         batch = None
-        if out is None and residual is None and where is None and exchange is None and 0 not in x.shape:
-            # All in one go, because it goes into memory that nobody has seen yet.
-            batch = verbs.forward(x, kept, eps, weight, bias, relu)
+        is_plain = residual is None and where is None and exchange is None and 0 not in x.shape
+        if is_plain and (out is None or is_sure):
+            batch = verbs.forward(x, kept, eps, weight, bias, relu, out)
         count, mean, m2, y = batch or (*moments(verbs, x, kept, where, exchange), None)
         given = count, mean, m2
         decide(count, mean, m2)

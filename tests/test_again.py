@@ -5,6 +5,7 @@ import pickle
 import re
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -373,13 +374,94 @@ def test_out(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_out_of_arrays_that_threads_share(training: bool) -> None:
-    x, weight, stats = rng.normal(size=(4000, 40)).astype(np.float32), rng.normal(size=40), bn.RunningStats(40)
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+def test_out_is_written_as_a_new_array_would_be(
+    shape: tuple[int, ...], axis: Any, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, dy = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
+    features = tuple(shape[each] for each in ((axis,) if isinstance(axis, int) else axis))
+    weight, stats = np.asarray(rng.normal(size=features)), bn.RunningStats(features, correction=0)
+    y, dx = np.full_like(x, np.nan), np.full_like(x, np.nan)
+
+    def call(y: Any, dx: Any) -> Any:
+        own = stats.copy()
+        made, saved = bn.batch_norm_forward(x, weight, stats=own, training=training, axis=axis, out=y)
+        gradients = bn.batch_norm_backward(dy, saved, out=dx)
+        assert saved.x is x
+        assert y is None or (made is y and gradients.x is dx)
+        return made, *gradients[:2], *_state(own)
+
+    expected = _made_anew(lambda: call(None, None))
+    for make in (_made_anew, partial(_as_before, monkeypatch=monkeypatch)):
+        for each, like in zip(make(lambda: call(y, dx)), expected, strict=True):
+            np.testing.assert_array_equal(each, like)
+        y[...] = dx[...] = np.nan
+    assert bn.batch_norm(x, weight, stats=stats, training=training, axis=axis, out=y) is y
+    np.testing.assert_array_equal(y, expected[0])
+
+
+def test_out_in_place_of_what_is_needed(shape: tuple[int, int]) -> None:
+    """Of x, which the backward pass needs; and of dy, which the call itself may need twice."""
+    x, dy = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
+    y, saved = bn.batch_norm_forward(x)
+    dx = bn.batch_norm_backward(dy, saved).x
     for _ in range(2):
-        expected = bn.batch_norm(x, weight, stats=stats.copy(), training=training)
-        out = np.full_like(x, np.nan)
-        assert bn.batch_norm(x, weight, stats=stats.copy(), training=training, out=out) is out
+        own, own_dy = x.copy(), dy.copy()
+        made, saved = bn.batch_norm_forward(own, out=own)
+        assert made is own
+        assert bn.batch_norm_backward(own_dy, saved, out=own_dy).x is own_dy
+        np.testing.assert_array_equal(own, y)
+        np.testing.assert_array_equal(own_dy, dx)
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (4000, 40), (2, 16, 70, 70)])
+def test_out_of_numbers_beyond_float32(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which are found out after part of out was written."""
+    x = (rng.normal(size=shape) * 1e30).astype(np.float32)
+    x.T[0] = 0.5
+    expected, saved = _made_anew(lambda: bn.batch_norm_forward(x))
+    dx = bn.batch_norm_backward(x, saved).x
+    out, out_dx = np.full_like(x, np.nan), np.full_like(x, np.nan)
+    for _ in range(2):
+        y, saved = bn.batch_norm_forward(x, out=out)
+        assert y is out
+        assert bn.batch_norm_backward(x, saved, out=out_dx).x is out_dx
         np.testing.assert_array_equal(out, expected)
+        np.testing.assert_array_equal(out_dx, dx)
+        out[...] = out_dx[...] = np.nan
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (4000, 40), (2, 16, 70, 70)])
+def test_a_refused_update_leaves_out_alone(shape: tuple[int, ...]) -> None:
+    x, stats = rng.normal(size=shape).astype(np.float32), bn.RunningStats(shape[1], nonfinite="raise")
+    few = np.ones((1, 4), np.float32)
+    for _ in range(2):
+        bn.batch_norm(x, stats=stats)
+    before, wrong, out, few_out = _state(stats), x.copy(), np.full_like(x, 7), np.full_like(few, 7)
+    wrong.T[0] = np.inf
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match="NaN or an infinity"):
+            bn.batch_norm(wrong, stats=stats, out=out)
+        with pytest.raises(ValueError, match="too few"):
+            bn.batch_norm(few, stats=bn.RunningStats(4), out=few_out)
+    assert (out == 7).all()
+    assert (few_out == 7).all()
+    assert _state(stats) == before
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (4000, 40), (2, 16, 70, 70)])
+def test_a_batch_that_is_left_out_is_written_to_out(shape: tuple[int, ...]) -> None:
+    x, stats = rng.normal(size=shape).astype(np.float32), bn.RunningStats(shape[1])
+    bn.batch_norm(x, stats=stats)
+    before, out = stats.mean, np.full_like(x, 7)
+    x.T[0] = np.inf
+    for skipped in (1, 2):
+        with pytest.warns(RuntimeWarning, match="NaN or an infinity"):
+            assert bn.batch_norm(x, stats=stats, out=out) is out
+        np.testing.assert_array_equal(out, bn.batch_norm(x))
+        assert (stats.num_skipped, stats.num_updates) == (skipped, 1)
+        np.testing.assert_array_equal(stats.mean, before)
+        out[...] = 7
 
 
 def test_a_wrong_out_changes_nothing() -> None:

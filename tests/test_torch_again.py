@@ -66,6 +66,50 @@ def test_without_gradients(training: bool, monkeypatch: pytest.MonkeyPatch) -> N
     assert stats.num_updates == (3 if training else 1)
 
 
+@pytest.mark.parametrize("shape", [(6, 4), (4000, 40), (2, 16, 70, 70)])
+@pytest.mark.parametrize("training", [False, True])
+def test_out(shape: tuple[int, ...], training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, dy, out, out_dx = (torch.randn(shape) for _ in range(4))
+    weight, stats = torch.randn(shape[1], requires_grad=True), bn.RunningStats(shape[1])
+
+    @torch.no_grad()
+    def call(y: Any = None, dx: Any = None) -> list[Any]:
+        made, saved = bn.batch_norm_forward(x, weight, stats=stats.copy(), training=training, out=y)
+        gradients = bn.batch_norm_backward(dy, saved, out=dx)
+        assert y is None or (made is y and gradients.x is dx)
+        return [made, *gradients[:2]]
+
+    expected = call()
+    for make in (lambda: call(out, out_dx), lambda: _first_and_second(lambda: call(out, out_dx), monkeypatch)[1]):
+        versions = out._version, out_dx._version
+        _assert_same(make(), expected)
+        assert out._version > versions[0], "autograd is not told of what was written"
+        assert out_dx._version > versions[1], "autograd is not told of what was written"
+        out.fill_(torch.nan), out_dx.fill_(torch.nan)
+
+
+def test_out_that_is_not_taken() -> None:
+    x, out, whole, array = torch.randn(6, 4), torch.empty(6, 4), torch.randn(48), np.ones(48, np.float32)
+    parts = torch.from_numpy(array[:24]).reshape(6, 4), torch.from_numpy(array[4:28]).reshape(6, 4)
+    wrong: list[tuple[Any, Any, type[Exception], str]] = [
+        (x, torch.empty(6, 4, requires_grad=True), TypeError, "out requires grad"),
+        (whole[:24].reshape(6, 4), whole[4:28].reshape(6, 4), ValueError, "overlaps x"),
+        (*parts, ValueError, "overlaps x"),  # of two storages
+        (x, torch.empty(6, 4, dtype=torch.float64), TypeError, "out has dtype"),
+        (x.clone().requires_grad_(), out, TypeError, "x requires grad"),
+    ]
+    for array_like, target, error, match in wrong:
+        bn.batch_norm(array_like)
+        for _ in range(2):
+            with pytest.raises(error, match=match):
+                bn.batch_norm(array_like, out=target)
+    with torch.inference_mode():
+        expected, own = bn.batch_norm(x), torch.empty(6, 4)
+        for target in (own, out, own):
+            assert bn.batch_norm(x, out=target) is target
+            torch.testing.assert_close(target, expected, rtol=0, atol=0)
+
+
 def test_what_is_recorded_follows_each_call() -> None:
     x, weight = torch.randn(6, 4), torch.ones(4)
     for _ in range(2):

@@ -41,6 +41,9 @@ class Library(NamedTuple):
     """How the arrays of a library are handled."""
 
     look: Callable[[Array], Memory]
+    layout: Callable[[Any], Any]  # what plans follow from; None of what is more, or other, than an array of the library
+    is_free: Callable[..., bool]  # whether an array may be written, and shares no memory with those after it
+    will_write: Callable[[Array], None]  # to be told of an array of the caller's
     place: Callable[[Array | None], int]  # what compiled code takes for an array: its memory's address, or NumPy's id
     empty_like: Callable[[Array], Array]
     empty: Callable[..., Array]  # of a shape and dtype
@@ -73,8 +76,21 @@ class _Again:
         self._size = prod(self._features)
         self._count = prod(seen.shape) // self._size
         self._kind = seen.kind
+        self._layout = library.layout(library.empty_like(call.x))
+        #: Whether no numbers in x can keep the call from ending well.
+        self.is_sure = not call.training or call.stats is None or call.stats.is_sure(self._count)
         #: Of weight and bias, and so of their gradients.
         self.dtypes = tuple(None if each is None else each.dtype for each in (call.weight, call.bias))
+
+    def takes(self, out: Any, *others: Array | None) -> bool:
+        """Whether out can be written without further questions: laid out as here, and apart from other arrays."""
+        return self._library.layout(out) == self._layout and self._library.is_free(out, *others)
+
+    def _result(self, x: Array, out: Array | None) -> Array:
+        if out is None:
+            return self._library.empty_like(x)
+        self._library.will_write(out)
+        return out
 
     def _sheet(self, kernel: int = memory.NOWHERE, dy_kind: int = whole.NONE) -> npt.NDArray[np.int64]:
         kinds = self._kind, dy_kind, self._relu, *self._kinds
@@ -105,11 +121,15 @@ class Training(_Again, ABC):
             self._rate, self._correction = call.stats.update_rate, call.stats.correction
 
     @abstractmethod
-    def forward(self, x: Array, weight: Any, bias: Any, stats: RunningStats | None) -> tuple[Array, Vectors] | None:
+    def forward(
+        self, x: Array, weight: Any, bias: Any, stats: RunningStats | None, out: Array | None
+    ) -> tuple[Array, Vectors] | None:
         """Return y and the vectors, with `stats` updated."""
 
     @abstractmethod
-    def backward(self, dy: Array, signature: Any, x: Array, vectors: Vectors) -> tuple[Array, Any, Any] | None:
+    def backward(
+        self, dy: Array, signature: Any, x: Array, vectors: Vectors, out: Array | None
+    ) -> tuple[Array, Any, Any] | None:
         """Return (dx, dweight, dbias), for a gradient that is known to fit; `signature` tells its dtype and strides."""
 
     def transform(self, vectors: Vectors) -> Transform:
@@ -137,10 +157,12 @@ class Evaluation(_Again, ABC):
         return self._transform(vectors, 1)
 
     @abstractmethod
-    def forward(self, x: Array, weight: Any, bias: Any, stats: RunningStats) -> tuple[Array, Vectors] | None:
+    def forward(
+        self, x: Array, weight: Any, bias: Any, stats: RunningStats, out: Array | None
+    ) -> tuple[Array, Vectors] | None:
         """Return y and the vectors."""
 
-    def backward(self, dy: Array, signature: Any, x: Array, vectors: Vectors) -> None:
+    def backward(self, dy: Array, signature: Any, x: Array, vectors: Vectors, out: Array | None) -> None:
         """Where statistics were given there is nothing that is done in one go."""
 
 
@@ -154,9 +176,11 @@ class SmallTraining(Training):
         self._entry = self._entered(step)
         self._back: dict[Any, _Entry | None] = {}
 
-    def forward(self, x: Array, weight: Any, bias: Any, stats: RunningStats | None) -> tuple[Array, Vectors] | None:
+    def forward(
+        self, x: Array, weight: Any, bias: Any, stats: RunningStats | None, out: Array | None
+    ) -> tuple[Array, Vectors] | None:
         place, entry = self._library.place, self._entry
-        y, vectors = self._library.empty_like(x), np.empty((4, self._size))
+        y, vectors = self._result(x, out), np.empty((4, self._size))
         if stats is None:
             ended = whole.train.call(
                 np.empty(entry.room, np.uint8), entry.sheet, entry.grid, entry.axes,
@@ -183,13 +207,15 @@ class SmallTraining(Training):
         step = backward_step(kind, seen.shape, self._kept, passed, seen.strides, seen_dy.strides, like.strides)
         return step and self._entered(step, seen_dy.kind)
 
-    def backward(self, dy: Array, signature: Any, x: Array, vectors: Vectors) -> tuple[Array, Any, Any] | None:
+    def backward(
+        self, dy: Array, signature: Any, x: Array, vectors: Vectors, out: Array | None
+    ) -> tuple[Array, Any, Any] | None:
         if signature not in self._back:
             self._back[signature] = self._entered_back(dy, x)
         entry = self._back[signature]
         if entry is None:
             return None
-        place, dx, (dweight, dbias) = self._library.place, self._library.empty_like(x), self._empty_gradients()
+        place, dx, (dweight, dbias) = self._library.place, self._result(x, out), self._empty_gradients()
         if whole.go_back.call(
             np.empty(entry.room, np.uint8), entry.sheet, entry.grid, entry.axes,
             place(dy), place(x), place(dx), self._eps, vectors, place(dweight), place(dbias),
@@ -207,12 +233,14 @@ class SmallEvaluation(Evaluation):
         super().__init__(library, call, kinds)
         self._entry = self._entered(step)
 
-    def forward(self, x: Array, weight: Any, bias: Any, stats: RunningStats) -> tuple[Array, Vectors] | None:
+    def forward(
+        self, x: Array, weight: Any, bias: Any, stats: RunningStats, out: Array | None
+    ) -> tuple[Array, Vectors] | None:
         mean, var = stats.mean_and_var()
         if type(mean) is not np.ndarray:
             return None
         place, entry = self._library.place, self._entry
-        y, vectors = self._library.empty_like(x), np.empty((4, self._size))
+        y, vectors = self._result(x, out), np.empty((4, self._size))
         if whole.evaluate.call(
             np.empty(entry.room, np.uint8), entry.sheet, entry.grid, entry.axes,
             place(x), place(y), place(weight), place(bias), self._eps, vectors, id(mean), id(var),
@@ -255,9 +283,11 @@ class SharedTraining(Training):
         operands = x.address, y.address, x.address, x.kind, False, self._relu
         return self._normal.attempt(owners, *operands, *statistics)
 
-    def forward(self, x: Array, weight: Any, bias: Any, stats: RunningStats | None) -> tuple[Array, Vectors] | None:
+    def forward(
+        self, x: Array, weight: Any, bias: Any, stats: RunningStats | None, out: Array | None
+    ) -> tuple[Array, Vectors] | None:
         library = self._library
-        y, vectors = library.empty_like(x), np.empty((4, self._size))
+        y, vectors = self._result(x, out), np.empty((4, self._size))
         whole.begin.call(
             self._on_sheet, library.place(weight), library.place(bias), vectors, memory.NOWHERE, memory.NOWHERE
         )
@@ -289,12 +319,14 @@ class SharedTraining(Training):
             grad_input_step(*plan, grad_input.BATCH, seen.strides, *others),
         )
 
-    def backward(self, dy: Array, signature: Any, x: Array, vectors: Vectors) -> tuple[Array, Any, Any] | None:
+    def backward(
+        self, dy: Array, signature: Any, x: Array, vectors: Vectors, out: Array | None
+    ) -> tuple[Array, Any, Any] | None:
         library = self._library
         if signature not in self._ways_back:
             self._ways_back[signature] = self._way_back(dy, x)
         way = self._ways_back[signature]
-        dx, (dweight, dbias) = library.empty_like(x), self._empty_gradients()
+        dx, (dweight, dbias) = self._result(x, out), self._empty_gradients()
         seen, seen_dy, seen_dx = (library.look(each) for each in (x, dy, dx))
         owners, kinds, count = (x, dy, dx), (seen.kind, seen_dy.kind), float(self._count)
         statistics = count, NONE, vectors[0], vectors[1], self._eps, *self._parameters(vectors)
@@ -323,12 +355,14 @@ class SharedEvaluation(Evaluation):
         super().__init__(library, call, kinds)
         self._step, self._on_sheet = step, self._sheet()
 
-    def forward(self, x: Array, weight: Any, bias: Any, stats: RunningStats) -> tuple[Array, Vectors] | None:
+    def forward(
+        self, x: Array, weight: Any, bias: Any, stats: RunningStats, out: Array | None
+    ) -> tuple[Array, Vectors] | None:
         mean, var = stats.mean_and_var()
         if type(mean) is not np.ndarray:
             return None
         library = self._library
-        y, vectors = library.empty_like(x), np.empty((4, self._size))
+        y, vectors = self._result(x, out), np.empty((4, self._size))
         whole.begin.call(self._on_sheet, library.place(weight), library.place(bias), vectors, id(mean), id(var))
         seen, seen_y = library.look(x), library.look(y)
         operands = seen.address, seen_y.address, seen.address, seen.kind, False, self._relu

@@ -297,9 +297,16 @@ class Adapter:
 
     @_on_its_device
     def forward(
-        self, x: Array, kept: tuple[int, ...], eps: float, weight: Array | None, bias: Array | None, relu: bool
+        self,
+        x: Array,
+        kept: tuple[int, ...],
+        eps: float,
+        weight: Array | None,
+        bias: Array | None,
+        relu: bool,
+        out: Array | None,
     ) -> tuple[int, Array, Array, Array]:
-        y = self._library.empty_like(x)
+        y = self._library.empty_like(x) if out is None else out
         seen, result = self._library.memory(x), self._library.memory(y)
         most = stage.most(seen.kind, 1)
         sums = plan(seen.shape, kept, (), seen.strides, most=most, width=_sums_width(seen.kind))

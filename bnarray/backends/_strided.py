@@ -448,9 +448,16 @@ class Adapter:
         return number, shaped(mean, shape), shaped(m2, shape)
 
     def forward(
-        self, x: Array, kept: tuple[int, ...], eps: float, weight: Vector | None, bias: Vector | None, relu: bool
+        self,
+        x: Array,
+        kept: tuple[int, ...],
+        eps: float,
+        weight: Vector | None,
+        bias: Vector | None,
+        relu: bool,
+        out: Array | None,
     ) -> tuple[Any, Vector, Vector, Array] | None:
-        y, seen = self._empty_like(x), self._memory(x)
+        y, seen = self._empty_like(x) if out is None else out, self._memory(x)
         found = find_and_write(seen, kept, eps, weight, bias, relu, self._memory(y))
         if found is None:
             return None
@@ -466,10 +473,13 @@ class Adapter:
     def backward(
         self, dy: Array, x: Array, transform: Transform, where: Array | None, is_constant: bool, out: Array | None
     ) -> tuple[Array, Vector, Vector, None] | None:
-        if is_constant or not (out is None and where is None and transform.residual is None):
+        if is_constant or where is not None or transform.residual is not None:
             return None
-        dx = self._empty_like(x)
-        sums = find_and_write_gradient(self._memory(dy), self._memory(x), transform, self._memory(dx))
+        seen_dy, dx = self._memory(dy), self._empty_like(x) if out is None else out
+        result = self._memory(dx)
+        if result.address == seen_dy.address:
+            return None  # what is not done in one go could not be begun again
+        sums = find_and_write_gradient(seen_dy, self._memory(x), transform, result)
         if sums is None:
             return None
         shape = transform.mean.shape

@@ -196,7 +196,7 @@ class _Again(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: Training, stats: RunningStats | None
     ) -> Any:
-        done = plan.forward(x, weight, bias, stats)
+        done = plan.forward(x, weight, bias, stats, None)
         if done is not None:
             ctx.plan, ctx.vectors = plan, done[1]
             ctx.save_for_backward(x, weight, bias)
@@ -212,7 +212,7 @@ class _Again(torch.autograd.Function):
             gradients = _by_formula(dy, inputs, needs, rest)
         else:
             signature = verbs.signature_of_gradient(dy, x)
-            done = None if signature is None else ctx.plan.backward(dy, signature, x, ctx.vectors)
+            done = None if signature is None else ctx.plan.backward(dy, signature, x, ctx.vectors, None)
             gradients = done or _by_kernels(dy, inputs, needs, None, transform)
         return *gradients[:3], None, None
 
@@ -225,14 +225,14 @@ class Followed:
 
     def __init__(self, plan: Training) -> None:
         self._plan = plan
-        self.dtypes, self.is_small, self.transform, self.backward = (
-            plan.dtypes,
-            plan.is_small,
-            plan.transform,
-            plan.backward,
-        )
+        self.dtypes, self.transform, self.takes, self.backward = plan.dtypes, plan.transform, plan.takes, plan.backward
 
-    def forward(self, x: Tensor, weight: Any, bias: Any, stats: RunningStats | None) -> tuple[Tensor, Vectors] | None:
+    #: An out is refused, by the checks of a first call.
+    is_small = is_sure = False
+
+    def forward(
+        self, x: Tensor, weight: Any, bias: Any, stats: RunningStats | None, out: None
+    ) -> tuple[Tensor, Vectors] | None:
         """Return y and the vectors, with `stats` updated."""
         return _apply_again(x, weight, bias, self._plan, stats)  # type: ignore[no-any-return, no-untyped-call]
 

@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 
 from bnarray.backends import _again, _strided
 from bnarray.backends import numpy as numpy_backend
-from bnarray.backends._strided import Memory, Vector
+from bnarray.backends._strided import Memory
 from bnarray.backends.generic import plain
 from bnarray.cuda import obstacle
 from bnarray.dispatch import Transform, backend, load
@@ -350,8 +350,33 @@ def signature_of_gradient(dy: Tensor, x: Tensor) -> tuple[Any, ...] | None:
     return _of_memory(dy) if torch._C._has_storage(dy) else None
 
 
+def _ends(x: Tensor) -> tuple[int, int]:
+    begin, last = x.data_ptr(), sum(step * (size - 1) for step, size in zip(x.stride(), x.shape, strict=True))
+    return begin, begin + x.itemsize * (1 + last)
+
+
+def _is_free(out: Tensor, *others: Tensor | None) -> bool:
+    if out.requires_grad and torch.is_grad_enabled():
+        return False
+    begin, end = _ends(out)
+    for each in others:
+        if each is not None:
+            first, last = _ends(each)
+            if first < end and begin < last:
+                return False
+    return True
+
+
+def _wrote(out: Tensor | None) -> None:
+    if out is not None:
+        increment_version(out)  # which tells autograd that what it may have saved has changed
+
+
 _arrays = _again.Library(
     look=_memory,
+    layout=_of_memory,
+    is_free=_is_free,
+    will_write=_wrote,
     place=lambda x: memory.NOWHERE if x is None else x.data_ptr(),
     empty_like=empty_like,
     empty=partial(torch.empty, device="cpu"),
@@ -366,15 +391,16 @@ def moments(x: Tensor, kept: tuple[int, ...], where: Tensor | None) -> tuple[Cou
 
 
 def forward(
-    x: Tensor, kept: tuple[int, ...], eps: float, weight: Vector | None, bias: Vector | None, relu: bool
+    x: Tensor, kept: tuple[int, ...], eps: float, weight: Any, bias: Any, relu: bool, out: Tensor | None
 ) -> tuple[Count, Any, Any, Tensor] | None:
-    return _of(x).forward(x, kept, eps, weight, bias, relu)  # type: ignore[no-any-return]  # a verb
+    done: tuple[Count, Any, Any, Tensor] | None = _of(x).forward(x, kept, eps, weight, bias, relu, out)
+    _wrote(out)
+    return done
 
 
 def normalize(x: Tensor, transform: Transform, out: Tensor | None) -> Tensor:
     y: Tensor = _of(x).normalize(x, transform, out)
-    if out is not None:
-        torch.autograd.graph.increment_version(out)  # which tells autograd that what it may have saved has changed
+    _wrote(out)
     return y
 
 
@@ -382,8 +408,7 @@ def backward(
     dy: Tensor, x: Tensor, transform: Transform, where: Tensor | None, is_constant: bool, out: Tensor | None
 ) -> tuple[Tensor, Any, Any, Tensor | None] | None:
     gradients = _of(x).backward(dy, x, transform, where, is_constant, out)
-    if gradients is not None and out is not None:
-        torch.autograd.graph.increment_version(out)
+    _wrote(out)
     return gradients  # type: ignore[no-any-return]  # a verb
 
 
@@ -406,8 +431,7 @@ def grad_input(
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     dx, dresidual = _of(x).grad_input(dy, x, transform, where, sums, out)
-    if out is not None:
-        torch.autograd.graph.increment_version(out)
+    _wrote(out)
     return dx, dresidual
 
 

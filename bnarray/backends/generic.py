@@ -240,9 +240,10 @@ def signature_of_gradient(dy: Array, x: Array) -> tuple[Any, ...] | None:
 def again(call: Any) -> Any:
     """Return what makes calls with the signature of one that was made, or None.
 
-    It has the methods ``forward(x, weight, bias, stats)`` -> (y, vectors), ``transform(vectors)`` -> `Transform` and
-    ``backward(dy, signature_of_gradient, x, vectors)`` -> (dx, dweight, dbias). None from them means that nothing was
-    done.
+    It has the methods ``forward(x, weight, bias, stats, out)`` -> (y, vectors), ``transform(vectors)`` -> `Transform`
+    and ``backward(dy, signature_of_gradient, x, vectors, out)`` -> (dx, dweight, dbias). None from them means that
+    nothing was done, but for what out then holds. Before an out is passed, ``takes(out, ...)`` is asked whether it is
+    memory as these calls have it, apart from that of other arrays, which nothing keeps from being written.
     """
     return None
 
@@ -400,9 +401,9 @@ def normalize(x: Array, transform: Transform, out: Array | None) -> Array:
 
 
 def forward(
-    x: Array, kept: tuple[int, ...], eps: float, weight: Array | None, bias: Array | None, relu: bool
+    x: Array, kept: tuple[int, ...], eps: float, weight: Any, bias: Any, relu: bool, out: Array | None
 ) -> tuple[Count, Array, Array, Array] | None:
-    """Return (count, mean, m2, y) of a training step into new memory, or None if one go is no faster."""
+    """Return (count, mean, m2, y) of a training step, or None if one go is no faster. No part of x is in out."""
     return None
 
 

@@ -244,8 +244,19 @@ def signature(x: ndarray, weight: Any, bias: Any) -> tuple[Any, ...] | None:
     return x.dtype, x.shape, x.strides, of_weight, of_bias
 
 
+def _layout(x: Any) -> tuple[Any, ...] | None:
+    return (x.dtype, x.shape, x.strides) if type(x) is np.ndarray else None
+
+
+def _is_free(out: ndarray, *others: ndarray | None) -> bool:
+    return out.flags.writeable and not any(each is not None and np.may_share_memory(out, each) for each in others)
+
+
 _arrays = _again.Library(
     look=_memory,
+    layout=_layout,
+    is_free=_is_free,
+    will_write=lambda out: None,
     place=id,
     empty_like=np.empty_like,
     empty=np.empty,

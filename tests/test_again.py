@@ -13,7 +13,9 @@ import pytest
 
 import bnarray as bn
 from bnarray import functional
+from bnarray.backends import _strided
 from bnarray.backends import numpy as numpy_backend
+from bnarray.kernels.cpu import memory, walk
 
 rng = np.random.default_rng(7)
 
@@ -462,6 +464,85 @@ def test_a_batch_that_is_left_out_is_written_to_out(shape: tuple[int, ...]) -> N
         assert (stats.num_skipped, stats.num_updates) == (skipped, 1)
         np.testing.assert_array_equal(stats.mean, before)
         out[...] = 7
+
+
+def _forget_plans() -> None:
+    functional._again.clear()
+    for each in vars(_strided).values():
+        if hasattr(each, "cache_clear"):
+            each.cache_clear()
+
+
+@pytest.fixture
+def as_if_large(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Has arrays of any size treated, from when it is called, as those that no cache holds."""
+
+    def make_large() -> None:
+        _forget_plans()
+        monkeypatch.setattr(_strided, "LARGE", 1)
+        monkeypatch.setattr(_strided, "STREAMED", 1)
+
+    yield make_large
+    monkeypatch.undo()
+    _forget_plans()
+
+
+OPTIONS: list[dict[str, Any]] = [{}, {"activation": "relu"}, {"where": True}, {"residual": True, "activation": "relu"}]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize(("shape", "axis"), [((40, 300), 1), ((3, 7, 41, 13), 1), ((2, 16, 70, 70), 1), ((900, 3), 1)])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
+@pytest.mark.parametrize("layout", ["C", "F", "unaligned", "shifted", "sliced", "reversed", "in place"])
+def test_large_arrays_have_the_same_bits(
+    dtype: str, shape: tuple[int, ...], axis: int, options: dict[str, Any], layout: str, as_if_large: Callable[[], None]
+) -> None:
+    x, dy, residual = (rng.normal(3, 2, shape).astype(dtype) for _ in range(3))
+    given = options | ({"where": rng.random(shape) < 0.7} if "where" in options else {})
+    given |= {"residual": residual} if "residual" in options else {}
+
+    seven = np.frombuffer(b"\7" * 8, dtype)[0]
+
+    def place(values: Any) -> tuple[Any, Any]:
+        """Bytes, and an array in the middle of them to write to."""
+        around, item = np.full((4 * values.size + 200) * values.itemsize, 7, np.uint8), values.itemsize
+        begin = {"shifted": 67 * item, "unaligned": 65}.get(layout, 64 * item)
+        array = around[begin : begin + values.size * item].view(dtype).reshape(shape)
+        if layout == "F":
+            array = array.reshape(shape[::-1]).T
+        if layout in ("sliced", "reversed"):
+            whole = around.view(dtype)[: 4 * values.size].reshape(2 * shape[0], *shape[1:-1], 2 * shape[-1])
+            array = whole[::-2, ..., : shape[-1]] if layout == "reversed" else whole[1::2, ..., 3 : 3 + shape[-1]]
+        return around, array
+
+    def call(write: bool) -> list[Any]:
+        (around, y), (around_dx, dx) = place(x), place(x)
+        own_x, own_dy = x, dy
+        if layout == "in place":
+            y[...], dx[...] = x, dy
+            own_x, own_dy = (y, dx) if write else (x, dy)
+        made, saved = bn.batch_norm_forward(own_x, axis=axis, **given, **({"out": y} if write else {}))
+        gradients = bn.batch_norm_backward(own_dy, saved, **({"out": dx} if write else {}))
+        results = [np.array(each) for each in (made, *gradients) if each is not None]
+        y[...] = dx[...] = seven
+        assert (around == 7).all(), "bytes beside y have changed"
+        assert (around_dx == 7).all(), "bytes beside dx have changed"
+        return results
+
+    expected = call(write=False)
+    as_if_large()
+    for write in (False, True, True):
+        for each, like in zip(call(write), expected, strict=True):
+            np.testing.assert_array_equal(each, like, strict=True)
+
+
+def test_only_large_arrays_of_the_callers_go_past_the_caches() -> None:
+    step = _strided.normalize_step(memory.FLOAT32, (4096, 4096), (1,), False, *[(16384, 4)] * 3)
+    assert step.grid[walk.LEAD] == _strided.AHEAD
+    assert not step.into(False).grid[walk.STREAMED]
+    assert step.into(True).grid[walk.STREAMED]
+    step = _strided.normalize_step(memory.FLOAT32, (64, 4096), (1,), False, *[(16384, 4)] * 3)
+    assert not step.into(True).grid[[walk.LEAD, walk.STREAMED]].any()
 
 
 def test_a_wrong_out_changes_nothing() -> None:

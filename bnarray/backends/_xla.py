@@ -186,17 +186,17 @@ class _Plan:
         )
         if "mean" in self.slots:
             mean, var = self.vector("mean", addresses), self.vector("var", addresses)
-            _strided.write_normalized(x, transform(count=1, mean=mean, m2=var), residual, y)
+            _strided.write_normalized(x, transform(count=1, mean=mean, m2=var), residual, y, False)
             return
         if residual is None and where is None:
-            found = _strided.find_and_write(x, self.kept, self.eps, weight, bias, self.relu, y)
+            found = _strided.find_and_write(x, self.kept, self.eps, weight, bias, self.relu, y, False)
             if found is not None:
                 self.write(addresses, 1, *found[1:])
                 return
         count, mean, m2 = _strided.find_moments(x, self.kept, where)
         self.write(addresses, 1, mean, m2, *(() if where is None else (count,)))
         counted = self.values if where is None else count
-        _strided.write_normalized(x, transform(count=counted, mean=mean, m2=m2), residual, y)
+        _strided.write_normalized(x, transform(count=counted, mean=mean, m2=m2), residual, y, False)
 
     def _backward(self, addresses: list[int]) -> None:
         dy, x = (self.slots[role].at(addresses[self.places[role]]) for role in ("dy", "x"))
@@ -212,7 +212,7 @@ class _Plan:
         self.write(addresses, 1, sum_dz_x, sum_dz)
         dresidual = None if residual is None else self.result(3, addresses)
         sums = None if is_constant else (sum_dz, sum_dz_x)
-        _strided.write_grad_input(dy, x, transform, residual, where, sums, self.result(0, addresses), dresidual)
+        _strided.write_grad_input(dy, x, transform, residual, where, sums, self.result(0, addresses), dresidual, False)
 
 
 def _noted(step: Any) -> list[int]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from bnarray.backends._strided import WORTH_SHARING
+from bnarray.backends._strided import LARGE, STREAMED, WORTH_SHARING
 
 PAGE = mmap.PAGESIZE
 _PROT_NONE = 0
@@ -167,10 +167,15 @@ PLANS_LAST = 250
 
 
 def plan_anew(seed: int) -> None:
-    """Give up plans, and make those that follow as for arrays of any size that threads share, every other time."""
+    """Give up plans, and make those that follow as for arrays of any size that threads share, or that no cache holds.
+
+    In turns: neither, the first, the second, both.
+    """
     from bnarray.backends import _again, _strided
 
     forget_plans()
+    is_large = seed // PLANS_LAST % 4 > 1
+    _strided.LARGE, _strided.STREAMED = (1, 1) if is_large else (LARGE, STREAMED)
     for module in (_strided, _again):
         module.WORTH_SHARING = 1 if seed // PLANS_LAST % 2 else WORTH_SHARING  # type: ignore[attr-defined]
 

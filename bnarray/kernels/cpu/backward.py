@@ -31,7 +31,9 @@ from bnarray.kernels.cpu.pool import NEXT, REFUSED, take
 from bnarray.kernels.cpu.walk import (
     CHUNKS,
     CHUNKS_PER_GROUP,
+    LEAD,
     SPANS,
+    STREAMED,
     TILE,
     WIDTH,
     address_of,
@@ -46,9 +48,10 @@ from bnarray.kernels.cpu.walk import (
 
 
 @machinery
-def _load_both(x, dy, kind, dy_kind, axes, place, rows, columns, values, gradients):
-    x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
-    return x_tile, load(address_of(dy, axes, 2, place), steps_of(axes, 2), rows, columns, dy_kind, gradients)
+def _load_both(x, dy, kind, dy_kind, axes, place, rows, columns, values, gradients, lead=0):
+    x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values, lead)
+    dy_at, dy_steps = address_of(dy, axes, 2, place), steps_of(axes, 2)
+    return x_tile, load(dy_at, dy_steps, rows, columns, dy_kind, gradients, lead)
 
 
 def _rows(dtype, gate):
@@ -78,7 +81,9 @@ def _rows(dtype, gate):
                 part[:] = 0
                 for chunk in range(first, min(first + grid[CHUNKS_PER_GROUP], grid[CHUNKS])):
                     rows, columns = place_chunk(grid, axes, chunk, place), place_span(grid, axes, c, place)[0]
-                    x_tile, dy_tile = _load_both(x, dy, kind, dy_kind, axes, place, rows, columns, values, gradients)
+                    x_tile, dy_tile = _load_both(
+                        x, dy, kind, dy_kind, axes, place, rows, columns, values, gradients, grid[LEAD]
+                    )
                     tiled = dy_tile, x_tile, x_tile, rows, columns
                     add_rows(mark, *tiled, like, of_features(of, 0, 1), mean[own], part[0], part[1], work)
                 sum_dz[c] += part[0, 0]
@@ -92,10 +97,10 @@ def _rows(dtype, gate):
                 rows, columns = place_chunk(grid, axes, chunk, place), place_span(grid, axes, c, place)[0]
                 x_tile, dy_tile = _load_both(x, dy, kind, dy_kind, axes, place, rows, columns, values, gradients)
                 dx_at, dx_steps = address_of(dx, axes, 3, place), steps_of(axes, 3)
-                dx_tile = target(dx_at, dx_steps, rows, columns, kind, written, False)
+                dx_tile = target(dx_at, dx_steps, rows, columns, kind, written, grid[STREAMED])
                 tiled = dy_tile, x_tile, x_tile, x_tile, dx_tile, dx_tile, rows, columns
                 batch_rows(mark, *tiled, like, of_features(of, 0, 1), common, slope)
-                store(dx_at, dx_steps, rows, columns, kind, written, dx_tile[0])
+                store(dx_at, dx_steps, rows, columns, kind, written, dx_tile[0], grid[STREAMED], x_tile, dy_tile)
             c = take(counter)
 
     return backward
@@ -124,7 +129,9 @@ def _columns(dtype, gate):
         plain[:], product[:] = 0, 0
         for group, rows, columns, first, last in tiles(counter, grid, axes, place):
             of = of_features(of_all, first, last)
-            x_tile, dy_tile = _load_both(x, dy, kind, dy_kind, axes, place, rows, columns, values, gradients)
+            x_tile, dy_tile = _load_both(
+                x, dy, kind, dy_kind, axes, place, rows, columns, values, gradients, grid[LEAD]
+            )
             into = plain[group, first:last], product[group, first:last]
             tiled = dy_tile, x_tile, x_tile, rows, columns
             add_columns(mark, *tiled, like, of, mean[first:last], *into, work)
@@ -143,11 +150,11 @@ def _columns(dtype, gate):
             of = of_features(of_all, first, last)
             x_tile, dy_tile = _load_both(x, dy, kind, dy_kind, axes, place, rows, columns, values, gradients)
             dx_at, dx_steps = address_of(dx, axes, 3, place), steps_of(axes, 3)
-            dx_tile = target(dx_at, dx_steps, rows, columns, kind, written, False)
+            dx_tile = target(dx_at, dx_steps, rows, columns, kind, written, grid[STREAMED])
             of_sums = common[first:last], slope[first:last]
             tiled = dy_tile, x_tile, x_tile, x_tile, dx_tile, dx_tile, rows, columns
             batch_columns(mark, *tiled, like, of, *of_sums)
-            store(dx_at, dx_steps, rows, columns, kind, written, dx_tile[0])
+            store(dx_at, dx_steps, rows, columns, kind, written, dx_tile[0], grid[STREAMED], x_tile, dy_tile)
 
     return backward
 

@@ -36,7 +36,9 @@ from bnarray.kernels.cpu.pool import NEXT, REFUSED, take
 from bnarray.kernels.cpu.walk import (
     CHUNKS,
     CHUNKS_PER_GROUP,
+    LEAD,
     SPANS,
+    STREAMED,
     TILE,
     WIDTH,
     address_of,
@@ -68,7 +70,9 @@ def _rows(dtype):
                 part[:] = 0
                 for chunk in range(first, min(first + grid[CHUNKS_PER_GROUP], grid[CHUNKS])):
                     rows, columns = place_chunk(grid, axes, chunk, place), place_span(grid, axes, c, place)[0]
-                    x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
+                    x_tile = load(
+                        address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values, grid[LEAD]
+                    )
                     fold_rows(x_tile, rows, columns, like, part[0], part[1], part[2], part[3], sums)
                 merge_into(0, whole[0], whole[1], whole[2], whole[3], part[0, 0], part[1, 0], part[2, 0], part[3, 0])
             mean[c], m2[c] = whole[1, 0] + whole[2, 0], whole[3, 0]
@@ -79,9 +83,9 @@ def _rows(dtype):
                 rows, columns = place_chunk(grid, axes, chunk, place), place_span(grid, axes, c, place)[0]
                 y_at, y_steps = address_of(y, axes, 2, place), steps_of(axes, 2)
                 x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
-                y_tile = target(y_at, y_steps, rows, columns, kind, normalized, False)
+                y_tile = target(y_at, y_steps, rows, columns, kind, normalized, grid[STREAMED])
                 normalize_rows(x_tile, y_tile, rows, columns, like, of, relu)
-                store(y_at, y_steps, rows, columns, kind, normalized, y_tile[0])
+                store(y_at, y_steps, rows, columns, kind, normalized, y_tile[0], grid[STREAMED], x_tile, x_tile)
             c = take(counter)
 
     return forward
@@ -103,7 +107,7 @@ def _columns(dtype):
         squares, room = carve_rows(room, groups, mean.size, 0.0)
         numbers[:], shift[:], offset[:], squares[:] = 0, 0, 0, 0
         for group, rows, columns, first, last in tiles(counter, grid, axes, place):
-            x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
+            x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values, grid[LEAD])
             into = numbers[group, first:last], shift[group, first:last], offset[group, first:last]
             fold_columns(x_tile, rows, columns, like, *into, squares[group, first:last], sums)
         merge_all(numbers, shift, offset, squares, mean)
@@ -116,9 +120,9 @@ def _columns(dtype):
         for _, rows, columns, first, last in tiles(counter, grid, axes, place):
             y_at, y_steps = address_of(y, axes, 2, place), steps_of(axes, 2)
             x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
-            y_tile = target(y_at, y_steps, rows, columns, kind, normalized, False)
+            y_tile = target(y_at, y_steps, rows, columns, kind, normalized, grid[STREAMED])
             normalize_columns(x_tile, y_tile, rows, columns, like, of_features(of_all, first, last), relu)
-            store(y_at, y_steps, rows, columns, kind, normalized, y_tile[0])
+            store(y_at, y_steps, rows, columns, kind, normalized, y_tile[0], grid[STREAMED], x_tile, x_tile)
 
     return forward
 

@@ -54,7 +54,7 @@ from bnarray.kernels.cpu.memory import (
     widen,
 )
 from bnarray.kernels.cpu.pool import REFUSED
-from bnarray.kernels.cpu.walk import TILE, address_of, carve_place, steps_of, tiles
+from bnarray.kernels.cpu.walk import STREAMED, TILE, address_of, carve_place, steps_of, tiles
 
 #: What the statistics were to the elements: constants; their own mean; their weighted mean.
 CONSTANT, BATCH, WEIGHTED = range(3)
@@ -224,14 +224,14 @@ def kernel(dtype, is_columns, gate, statistics):
             if statistics == WEIGHTED:
                 w_at = address_of(where, axes, 4, place)
                 w_tile = load(w_at, steps_of(axes, 4), rows, columns, where_kind, weights)
-            dx_tile = target(dx_at, dx_steps, rows, columns, kind, results, in_place)
+            dx_tile = target(dx_at, dx_steps, rows, columns, kind, results, in_place or grid[STREAMED])
             dr_tile = target(dr_at, dr_steps, rows, columns, kind, kept, gate != RELU_ONTO)
             arrays = dy_tile, x_tile, r_tile, w_tile, dx_tile, dr_tile
             of_sums = commons[first:last], slopes[first:last]
             formula(mark, *arrays, rows, columns, like, of_features(of_all, first, last), *of_sums)
-            store(dx_at, dx_steps, rows, columns, kind, results, dx_tile[0])
+            store(dx_at, dx_steps, rows, columns, kind, results, dx_tile[0], grid[STREAMED], x_tile, dy_tile)
             if gate == RELU_ONTO:
-                store(dr_at, dr_steps, rows, columns, kind, kept, dr_tile[0])
+                store(dr_at, dr_steps, rows, columns, kind, kept, dr_tile[0], False, x_tile, dy_tile)
 
     name = f"grad_input_{gate}_{statistics}_{'columns' if is_columns else 'rows'}_{dtype.__name__}"
     operands, sums = (index, index, index, index, index, index, index, index, index, flag), (vector, vector)

@@ -42,10 +42,10 @@ from bnarray.kernels.cpu.compiled import (
 )
 from bnarray.kernels.cpu.gate import GATES, RELU_ONTO, passing
 from bnarray.kernels.cpu.lanes import MOST, clear, panel, panels, total, width_of
-from bnarray.kernels.cpu.memory import HALVES, arithmetic, carve, item_of, line, load, room_in, widen
+from bnarray.kernels.cpu.memory import HALVES, arithmetic, carve, expect, item_of, line, load, room_in, widen
 from bnarray.kernels.cpu.moments import carve_sums
 from bnarray.kernels.cpu.pool import REFUSED
-from bnarray.kernels.cpu.walk import TILE, WIDTH, address_of, carve_place, steps_of, tiles
+from bnarray.kernels.cpu.walk import LEAD, TILE, WIDTH, address_of, carve_place, steps_of, tiles
 
 #: Lines that hold the center, scale and shift of a tile's one feature.
 LANES = 3
@@ -59,8 +59,10 @@ def _add(gate, dy_tile, x_tile, r_tile, rows, columns, like, of, mean, sum_dz, s
     """sum_dz += Σ dz,  sum_dz_x += Σ dz · (x − mean)"""
     middle, plain, product, real = mean[:columns], sum_dz[:columns], sum_dz_x[:columns], mean.dtype.type
     center, scale, shift = of
-    (dy, down), (x, x_down), (r, r_down) = dy_tile, x_tile, r_tile
+    (dy, down, _), (x, x_down, _), (r, r_down, _) = dy_tile, x_tile, r_tile
     for row in range(0, rows - 3, 4):
+        expect(dy_tile, row, columns, like)
+        expect(x_tile, row, columns, like)
         a, b = line(dy, down, row, columns, like), line(dy, down, row + 1, columns, like)
         c, d = line(dy, down, row + 2, columns, like), line(dy, down, row + 3, columns, like)
         p, q = line(x, x_down, row, columns, like), line(x, x_down, row + 1, columns, like)
@@ -98,8 +100,8 @@ def _sum_again(gate, dy_tile, x_tile, r_tile, rows, columns, first, step, like, 
     plain, product = 0.0, 0.0
     center, scale, shift = of
     for row in range(rows):
-        dy, x = line(*dy_tile, row, columns, like), line(*x_tile, row, columns, like)
-        residual = line(*r_tile, row, columns, like)
+        dy, x = line(dy_tile[0], dy_tile[1], row, columns, like), line(x_tile[0], x_tile[1], row, columns, like)
+        residual = line(r_tile[0], r_tile[1], row, columns, like)
         for j in range(first, columns, step):
             g = np.float64(passing(gate, widen(dy[j]), widen(x[j]), widen(residual[j]), center, scale, shift))
             plain += g
@@ -244,13 +246,13 @@ def kernel(dtype, is_columns, gate):
             counter[REFUSED] = 1
             return
         for group, rows, columns, first, last in tiles(counter, grid, axes, place):
-            x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
+            x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values, grid[LEAD])
             dy_at = address_of(dy, axes, 2, place)
-            dy_tile = load(dy_at, steps_of(axes, 2), rows, columns, dy_kind, gradients)
+            dy_tile = load(dy_at, steps_of(axes, 2), rows, columns, dy_kind, gradients, grid[LEAD])
             r_tile = x_tile
             if gate == RELU_ONTO:
                 r_at = address_of(residual, axes, 3, place)
-                r_tile = load(r_at, steps_of(axes, 3), rows, columns, kind, added)
+                r_tile = load(r_at, steps_of(axes, 3), rows, columns, kind, added, grid[LEAD])
             of, into = of_features(of_all, first, last), (sum_dz[group, first:last], sum_dz_x[group, first:last])
             add(mark, dy_tile, x_tile, r_tile, rows, columns, like, of, mean[first:last], *into, work)
 

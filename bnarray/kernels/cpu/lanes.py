@@ -33,8 +33,8 @@ def panels(rows, columns):
 @machinery
 def panel(tile, columns, row, begin, item):
     """The part of a tile, as a tile."""
-    at, step = tile
-    return at + row * step + begin * item, step if columns <= MOST else WIDTH * item
+    at, step, lead = tile
+    return at + row * step + begin * item, step if columns <= MOST else WIDTH * item, lead
 
 
 @mapping

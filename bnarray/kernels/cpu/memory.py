@@ -31,6 +31,9 @@ def arithmetic(element):
     return np.float64(0) if element is np.float64 else np.float32(0)
 
 
+_WORD, _LINE = 4, 64  # bytes: the least that can be streamed, and a line of a cache
+_LONG = 8 * _LINE  # bytes
+
 NOWHERE = 0  # the address of an operand that a kernel does not read, and of a tile that is not in memory yet
 
 
@@ -87,6 +90,50 @@ def _poke(typingctx, address, value):
         return context.get_dummy_value()
 
     return types.void(types.int64, value), codegen
+
+
+def _streams(words, align):
+    """Make the function that copies so many words of 4 bytes past the caches, to an aligned address."""
+
+    def stream(typingctx, source, target):
+        def codegen(context, builder, signature, args):
+            kind = ir.VectorType(ir.IntType(32), words).as_pointer()
+            value = builder.load(builder.inttoptr(args[0], kind), align=1)
+            store = builder.store(value, builder.inttoptr(args[1], kind), align=align)
+            store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), codegen
+
+    return intrinsic(named(f"stream_{words}", stream))
+
+
+_stream_word, _stream_line = _streams(1, _WORD), _streams(_LINE // _WORD, _LINE)
+
+
+@intrinsic
+def _prefetch(typingctx, address):
+    def codegen(context, builder, signature, args):
+        pointer, integer = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, integer, integer, integer])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        builder.call(function, [builder.inttoptr(args[0], pointer), *map(integer, (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@machinery
+def expect(tile, row, columns, like):
+    """Ask the processor for four lines, as far after a row as the tile says, or for the next four."""
+    at, down, lead = tile
+    if lead == 0:
+        return
+    lead = lead if down == columns * item_of(like) else 4 * down
+    for each in range(row, row + 4):
+        begin = at + each * down + lead
+        for address in range(begin, begin + columns * item_of(like), _LINE):
+            _prefetch(address)
 
 
 @intrinsic
@@ -410,8 +457,15 @@ def _is_tile(address, steps, columns, kind, buffer):
 
 @machinery
 def tile_of(buffer, columns):
-    """A buffer as a tile: (address, bytes from line to line)."""
-    return np.int64(buffer.ctypes.data), columns * buffer.itemsize
+    """A buffer as a tile: (address, bytes from line to line, bytes ahead at which to `expect` lines, or 0)."""
+    return np.int64(buffer.ctypes.data), columns * buffer.itemsize, 0
+
+
+@machinery
+def from_row(tile, row, offset=0):
+    """The part of a tile from a row on, and from some bytes to the right."""
+    at, down, lead = tile
+    return at + row * down + offset, down, lead
 
 
 @machinery
@@ -421,14 +475,14 @@ def _evenly(down, across, rows, columns):
 
 
 @machinery
-def load(address, steps, rows, columns, kind, buffer):
+def load(address, steps, rows, columns, kind, buffer, lead=0):
     """The tile of rows × columns elements at the address, `steps` = (down, across) bytes apart.
 
     As `tile_of` gives it: the memory itself where it can be, else the buffer.
     """
     down, across = steps
     if _is_tile(address, steps, columns, kind, buffer):
-        return address, down
+        return address, down, lead
     lines, size = _evenly(down, across, rows, columns)
     for row in range(lines):
         read(address + row * down, across, kind, buffer[row * size : (row + 1) * size])
@@ -436,22 +490,49 @@ def load(address, steps, rows, columns, kind, buffer):
 
 
 @machinery
-def target(address, steps, rows, columns, kind, buffer, in_place):
-    """The tile to write before `store`: the memory itself where it can be.
+def target(address, steps, rows, columns, kind, buffer, is_apart):
+    """The tile to write before `store`: the memory itself where it can be, unless it `is_apart`.
 
-    In place it never is: reading and writing one address would keep the loops from being vectorised.
+    In place it has to be: reading and writing one address would keep the loops from being vectorised.
     """
-    if not in_place and _is_tile(address, steps, columns, kind, buffer):
-        return address, steps[0]
+    if not is_apart and _is_tile(address, steps, columns, kind, buffer):
+        return address, steps[0], 0
     return tile_of(buffer, columns)
 
 
 @machinery
-def store(address, steps, rows, columns, kind, buffer, at):
-    """Bring the buffer's tile to its memory, unless the tile is `at` that address."""
+def _stream(source, target, size, ahead, also_ahead):
+    """Copy bytes past the caches, and meanwhile ask for as many at two other addresses."""
+    head = min(size, -target % _LINE)
+    for at in range(0, head, _WORD):
+        _stream_word(source + at, target + at)
+    whole = head + (size - head) // _LINE * _LINE
+    for at in range(head, whole, _LINE):
+        _prefetch(ahead + at)
+        _prefetch(also_ahead + at)
+        _stream_line(source + at, target + at)
+    for at in range(whole, size, _WORD):
+        _stream_word(source + at, target + at)
+
+
+@machinery
+def store(address, steps, rows, columns, kind, buffer, at, streamed, x_tile, dy_tile):
+    """Bring the buffer's tile to its memory, unless the tile is `at` that address.
+
+    `streamed` past the caches, while what comes after the tiles that were read is on its way. Other threads see it
+    after the next atomic operation of this one, which takes another piece or finds that there is none.
+    """
     down, across = steps
     if at == address:
         return
     lines, size = _evenly(down, across, rows, columns)
+    length = size * buffer.itemsize
+    is_line = across == buffer.itemsize and _is_tile(address, steps, columns, kind, buffer)
+    streamed = streamed and is_line and length >= _LONG and (address | down | length) % _WORD == 0
     for row in range(lines):
-        write(buffer[row * size : (row + 1) * size], address + row * down, across, kind)
+        line = buffer[row * size : (row + 1) * size]
+        if streamed:
+            ahead, also = x_tile[0] + (rows + row) * x_tile[1], dy_tile[0] + (rows + row) * dy_tile[1]
+            _stream(line.ctypes.data, address + row * down, length, ahead, also)
+        else:
+            write(line, address + row * down, across, kind)

@@ -51,8 +51,21 @@ from bnarray.kernels.cpu.compiled import (
     table,
 )
 from bnarray.kernels.cpu.lanes import MOST, clear, panel, panels, total, width_of
-from bnarray.kernels.cpu.memory import HALVES, carve, carve_rows, item_of, line, load, narrow, room_in, tile_of, widen
-from bnarray.kernels.cpu.walk import TILE, WIDTH, address_of, carve_place, steps_of, tiles
+from bnarray.kernels.cpu.memory import (
+    HALVES,
+    carve,
+    carve_rows,
+    expect,
+    from_row,
+    item_of,
+    line,
+    load,
+    narrow,
+    room_in,
+    tile_of,
+    widen,
+)
+from bnarray.kernels.cpu.walk import LEAD, TILE, WIDTH, address_of, carve_place, steps_of, tiles
 from bnarray.kernels.merge import merge
 
 #: The merge, for scalars inside a kernel.
@@ -124,6 +137,7 @@ def _add_deviations(tile, rows, columns, like, center, drift, m2):
     """drift += Σ (x − center),  m2 += Σ (x − center)²"""
     middle, drifts, squares = center[:columns], drift[:columns], m2[:columns]
     for row in range(0, rows - 3, 4):
+        expect(tile, row, columns, like)
         a, b = line(tile[0], tile[1], row, columns, like), line(tile[0], tile[1], row + 1, columns, like)
         c, d = line(tile[0], tile[1], row + 2, columns, like), line(tile[0], tile[1], row + 3, columns, like)
         for j in range(middle.size):
@@ -146,8 +160,10 @@ def _add_products(tile, weights, rows, columns, like, heavy, center, count, drif
     Elements of weight 0 are not looked at, be they NaN.
     """
     middle, counts, drifts, squares = center[:columns], count[:columns], drift[:columns], m2[:columns]
-    (x, down), (w, w_down) = tile, weights
+    (x, down, _), (w, w_down, _) = tile, weights
     for row in range(0, rows - 3, 4):
+        expect(tile, row, columns, like)
+        expect(weights, row, columns, heavy)
         a, b = line(x, down, row, columns, like), line(x, down, row + 1, columns, like)
         c, d = line(x, down, row + 2, columns, like), line(x, down, row + 3, columns, like)
         p, q = line(w, w_down, row, columns, heavy), line(w, w_down, row + 1, columns, heavy)
@@ -193,7 +209,7 @@ def _add_masked(tile, weights, rows, columns, like, heavy, center, count, drift,
         counts[j] = 0
     for row in range(0, rows, STRIP):
         lines = min(STRIP, rows - row)
-        x, mask = (tile[0] + row * tile[1], tile[1]), (weights[0] + row * weights[1], weights[1])
+        x, mask = from_row(tile, row), from_row(weights, row)
         _choose(x, mask, lines, columns, like, filler, counts, chosen)
         _add_deviations(tile_of(chosen, columns), lines, columns, like, center, drift, m2)
     for j in range(columns):
@@ -265,12 +281,11 @@ def _fold_rows(tile, rows, columns, like, count, shift, offset, m2, sums):
 
 
 def _fold_rows_of_halves(tile, rows, columns, like, count, shift, offset, m2, sums):
-    at, step = tile
     depth = LINES if columns <= MOST else max(1, LINES * lanes.WIDTH // columns)
     width = min(columns, LINES * lanes.WIDTH)
     for row in range(0, rows, depth):
         for begin in range(0, columns, width):
-            part = at + row * step + begin * item_of(like), step
+            part = from_row(tile, row, begin * item_of(like))
             lines, length = min(depth, rows - row), min(width, columns - begin)
             found = _sum_rows(part, lines, length, like, sums[0], True)
             if is_beyond(found[2]):
@@ -408,7 +423,7 @@ def _fold_columns_of_halves(tile, rows, columns, like, count, shift, offset, m2,
     quick, exact = sums
     center, drift, square = exact[0, :columns], exact[1, :columns], exact[2, :columns]
     for row in range(0, rows, LINES):
-        part, lines = (tile[0] + row * tile[1], tile[1]), min(LINES, rows - row)
+        part, lines = from_row(tile, row), min(LINES, rows - row)
         _sum_columns(part, lines, columns, like, quick, True)
         for j in range(columns):
             center[j], drift[j], square[j] = quick[0, j], quick[1, j], quick[2, j]
@@ -503,10 +518,10 @@ def kernel(dtype, is_columns, weight_type):
         choice, room = carve_choice(room, max(grid[WIDTH], MOST), like, heavy)
         for group, rows, columns, first, last in tiles(counter, grid, axes, place):
             into = count[group, first:last], shift[group, first:last], offset[group, first:last], m2[group, first:last]
-            x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, x_kind, values)
+            x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, x_kind, values, grid[LEAD])
             if weighted:
                 w_at = address_of(where, axes, 2, place)
-                w_tile = load(w_at, steps_of(axes, 2), rows, columns, where_kind, weights)
+                w_tile = load(w_at, steps_of(axes, 2), rows, columns, where_kind, weights, grid[LEAD])
                 fold_weighted(x_tile, w_tile, rows, columns, like, heavy, *into, sums[1], choice)
             else:
                 fold(x_tile, rows, columns, like, *into, sums)

@@ -19,7 +19,7 @@ from bnarray.kernels.cpu.coefficients import STATISTICS, carve_coefficients, fil
 from bnarray.kernels.cpu.compiled import Kernel, counter, flag, index, indices, mapping, scratch, table
 from bnarray.kernels.cpu.memory import arithmetic, carve, line, load, narrow, room_in, store, target, widen
 from bnarray.kernels.cpu.pool import REFUSED
-from bnarray.kernels.cpu.walk import TILE, address_of, carve_place, steps_of, tiles
+from bnarray.kernels.cpu.walk import STREAMED, TILE, address_of, carve_place, steps_of, tiles
 
 
 @mapping
@@ -91,14 +91,14 @@ def kernel(dtype, is_columns, onto):
         for _, rows, columns, first, last in tiles(counter, grid, axes, place):
             y_at, y_steps = address_of(y, axes, 2, place), steps_of(axes, 2)
             x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
-            y_tile = target(y_at, y_steps, rows, columns, kind, results, in_place)
+            y_tile = target(y_at, y_steps, rows, columns, kind, results, in_place or grid[STREAMED])
             if onto:
                 r_at = address_of(residual, axes, 3, place)
                 r_tile = load(r_at, steps_of(axes, 3), rows, columns, kind, added)
                 apply_onto(x_tile, r_tile, y_tile, rows, columns, like, of_features(of_all, first, last), relu)
             else:
                 apply(x_tile, y_tile, rows, columns, like, of_features(of_all, first, last), relu)
-            store(y_at, y_steps, rows, columns, kind, results, y_tile[0])
+            store(y_at, y_steps, rows, columns, kind, results, y_tile[0], grid[STREAMED], x_tile, x_tile)
 
     name = f"normalize_{'onto_' * onto}{'columns' if is_columns else 'rows'}_{dtype.__name__}"
     operands = (index, index, index, index, flag, flag)

@@ -11,6 +11,8 @@ from bnarray.kernels.cpu.pool import take
 # fmt: off
 (FAMILY, DEPTH, WIDTH, TILE, CHUNKS, SPANS, CHUNKS_PER_GROUP, SPANS_PER_BLOCK, BLOCKS, PIECES, FEATURES_AT) = range(11)
 # fmt: on
+#: Bytes ahead at which sums ask for lines, or 0; whether what is written goes past the caches.
+LEAD, STREAMED = 11, 12
 DOWN, ACROSS, OUTER_AT = range(3)
 
 #: How tiles lie to features, as in `layout`.

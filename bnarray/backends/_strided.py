@@ -54,9 +54,9 @@ class Memory(NamedTuple):
 # threads of one Intel Xeon core).
 WORTH_SHARING = 2**17
 
-# Bytes of a feature's tiles that stay in the cache of one core between two reads. Backwards, where x and dy are read,
-# one go took 0.65 to 0.85 of the time of two for features of 0.1 to 0.4 MB, and 1.08 of it for 0.8 MB.
-CACHED, CACHED_BACKWARD = 2**20, 2**19
+# Bytes of a feature's tiles that stay in the cache of one core between two reads (of 2 MB). Backwards, where x and dy
+# are read, one go took 0.65 to 0.85 of the time of two for features of 0.1 to 0.4 MB, 0.9 of it for 0.8, 1.07 for 1.6.
+CACHED = 2**20
 
 # Elements that lie together. In shorter runs a feature is read more slowly than everything in the order of memory:
 # twice in that order took 0.7 of the time of once and again from cache at 14 × 14, 1.05 to 1.3 of it from 40 × 40 on.
@@ -379,7 +379,7 @@ def backward_step(
         backward.kernel, (gate,), memory.ELEMENTS[kind], shape, kept, strides, tiles=3, lines=grad_sums.LANES,
         vectors=coefficients.VECTORS + 2 + 2 * alone.groups if alone.grid[FAMILY] == COLUMNS else 1,
     )  # fmt: skip
-    return _joint(alone, shape, joint, 2 * prod(shape) // joint.features * _item(kind) <= CACHED_BACKWARD)
+    return _joint(alone, shape, joint, 2 * prod(shape) // joint.features * _item(kind) <= CACHED)
 
 
 def find_and_write_gradient(

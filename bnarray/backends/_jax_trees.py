@@ -36,15 +36,14 @@ def _moments_of(_: None, leaves: Any) -> Moments:
 
 
 def _leaves_of_stats(stats: RunningStats) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    settings = dict(stats.__dict__)
-    state = settings.pop("_state")
-    del settings["key"]  # a loop's state is a new object every time
-    return tuple(state._replace(count=_spread(state.count, state.mean))), tuple(settings.items())
+    count, mean, *rest = stats.state
+    return (_spread(count, mean), mean, *rest), stats.settings
 
 
 def _stats_of(settings: tuple[Any, ...], leaves: Any) -> RunningStats:
     stats = RunningStats.__new__(RunningStats)
-    stats.__dict__.update(settings, _state=_State(*leaves))
+    stats._shape, stats._update_rate, stats._correction, stats._nonfinite = settings
+    stats._state = _State(*leaves)
     stats.register()
     return stats
 

@@ -509,7 +509,7 @@ def refusal(
     if correction is not None:
         refused = refused | xp.any((count > 0) & (count <= correction))
     if not takes_nonfinite:
-        refused = refused | ~(xp.all(xp.isfinite(mean)) & xp.all(xp.isfinite(m2)))
+        refused = refused | ~xp.all(xp.isfinite(mean) & xp.isfinite(m2))
     return nothing, refused & ~nothing
 
 

@@ -173,7 +173,7 @@ def batch_norm(
     """
     is_plain = where is None and residual is None and group is None
     signature, again = _as_before(x, weight, bias, stats, training, axis, eps, activation, is_plain)
-    takes = again is not None and (out is None or (again.is_sure and again.takes(out, x, weight, bias)))
+    takes = again is not None and (out is None or (again.is_sure(stats) and again.takes(out, x, weight, bias)))
     if takes and (done := again.forward(x, weight, bias, stats, out)):
         return done[0]
     if not takes and out is not None and again is not None and again.is_small:
@@ -228,7 +228,7 @@ def batch_norm_forward(
     """
     is_plain = where is None and residual is None and group is None
     signature, again = _as_before(x, weight, bias, stats, training, axis, eps, activation, is_plain)
-    takes = again is not None and (out is None or (again.is_sure and again.takes(out, x, weight, bias)))
+    takes = again is not None and (out is None or (again.is_sure(stats) and again.takes(out, x, weight, bias)))
     if takes and (done := again.forward(x, weight, bias, stats, out)):
         y, vectors = done
         dtypes = again.dtypes

@@ -239,6 +239,17 @@ def _warn(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=level)
 
 
+def _may_warning_raise() -> bool:
+    """Whether the process's filters may make an error of a RuntimeWarning."""
+    for action, message, category, module, line in warnings.filters:
+        if issubclass(RuntimeWarning, category):
+            if action == "error":
+                return True
+            if message is None and module is None and line == 0:
+                return False
+    return False
+
+
 def _nothing() -> None: ...
 
 
@@ -439,8 +450,10 @@ class RunningStats:
             )
 
     def is_sure(self, count: int) -> bool:
-        """Whether `prepare` takes every batch with so many values of a feature, or leaves it out, and refuses none."""
-        return self._nonfinite != "raise" and (self._update_rate is None or count > self._correction)
+        """Whether `prepare` raises for no batch with so many values of a feature, whatever they are."""
+        if self._nonfinite in self._asks_host and (self._nonfinite == "raise" or _may_warning_raise()):
+            return False
+        return self._update_rate is None or count > self._correction
 
     def prepare(self, count: Count, mean: Array, m2: Array) -> Callable[[], None]:
         """Decide what an update with a batch does, raise or warn if it must, and return the function that does it."""

@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -382,7 +383,9 @@ def test_out_is_written_as_a_new_array_would_be(
 ) -> None:
     x, dy = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
     features = tuple(shape[each] for each in ((axis,) if isinstance(axis, int) else axis))
-    weight, stats = np.asarray(rng.normal(size=features)), bn.RunningStats(features, correction=0)
+    # (What skips warns, which is an error here, and might change its mind about out.)
+    stats = bn.RunningStats(features, correction=0, nonfinite="propagate")
+    weight = np.asarray(rng.normal(size=features))
     y, dx = np.full_like(x, np.nan), np.full_like(x, np.nan)
 
     def call(y: Any, dx: Any) -> Any:
@@ -449,6 +452,30 @@ def test_a_refused_update_leaves_out_alone(shape: tuple[int, ...]) -> None:
     assert (out == 7).all()
     assert (few_out == 7).all()
     assert _state(stats) == before
+
+
+def test_a_warning_that_is_an_error_leaves_out_alone() -> None:
+    x, stats = rng.normal(size=(9, 4)), bn.RunningStats(4)
+    wrong, out = np.full_like(x, np.nan), np.full_like(x, 7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert stats.is_sure(9)
+        assert not stats.is_sure(1)
+        assert bn.RunningStats(4, update_rate=None).is_sure(1)
+        for filtered in ({"category": RuntimeWarning}, {"message": "the batch's"}, {"module": "tests"}):
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", **filtered)  # type: ignore[arg-type]  # of one of these types
+                assert not stats.is_sure(9), filtered
+                assert bn.RunningStats(4, nonfinite="propagate").is_sure(9)
+        warnings.filterwarnings("error", category=DeprecationWarning)
+        assert stats.is_sure(9)
+        warnings.filterwarnings("error", category=RuntimeWarning)
+        for _ in range(2):
+            bn.batch_norm(x, stats=stats)
+            with pytest.raises(RuntimeWarning, match="NaN or an infinity"):
+                bn.batch_norm(wrong, stats=stats, out=out)
+    assert (out == 7).all()
+    assert (stats.num_updates, stats.num_skipped) == (2, 0)
 
 
 @pytest.mark.parametrize("shape", [(9, 4), (4000, 40), (2, 16, 70, 70)])

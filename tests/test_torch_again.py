@@ -70,7 +70,7 @@ def test_without_gradients(training: bool, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("training", [False, True])
 def test_out(shape: tuple[int, ...], training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x, dy, out, out_dx = (torch.randn(shape) for _ in range(4))
-    weight, stats = torch.randn(shape[1], requires_grad=True), bn.RunningStats(shape[1])
+    weight, stats = torch.randn(shape[1], requires_grad=True), bn.RunningStats(shape[1], nonfinite="propagate")
 
     @torch.no_grad()
     def call(y: Any = None, dx: Any = None) -> list[Any]:

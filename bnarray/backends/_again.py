@@ -77,10 +77,12 @@ class _Again:
         self._count = prod(seen.shape) // self._size
         self._kind = seen.kind
         self._layout = library.layout(library.empty_like(call.x))
-        #: Whether no numbers in x can keep the call from ending well.
-        self.is_sure = not call.training or call.stats is None or call.stats.is_sure(self._count)
         #: Of weight and bias, and so of their gradients.
         self.dtypes = tuple(None if each is None else each.dtype for each in (call.weight, call.bias))
+
+    def is_sure(self, stats: RunningStats | None) -> bool:
+        """Whether no numbers in x can keep the call from ending well."""
+        return True
 
     def takes(self, out: Any, *others: Array | None) -> bool:
         """Whether out can be written without further questions: laid out as here, and apart from other arrays."""
@@ -119,6 +121,9 @@ class Training(_Again, ABC):
         super().__init__(library, call, kinds)
         if call.stats is not None:
             self._rate, self._correction = call.stats.update_rate, call.stats.correction
+
+    def is_sure(self, stats: RunningStats | None) -> bool:
+        return stats is None or stats.is_sure(self._count)
 
     @abstractmethod
     def forward(

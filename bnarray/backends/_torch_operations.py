@@ -227,8 +227,10 @@ class Followed:
         self._plan = plan
         self.dtypes, self.transform, self.takes, self.backward = plan.dtypes, plan.transform, plan.takes, plan.backward
 
-    #: An out is refused, by the checks of a first call.
-    is_small = is_sure = False
+    is_small = False
+
+    def is_sure(self, stats: RunningStats | None) -> bool:
+        return False  # out is refused, by the checks of a first call
 
     def forward(
         self, x: Tensor, weight: Any, bias: Any, stats: RunningStats | None, out: None

@@ -242,8 +242,9 @@ def again(call: Any) -> Any:
 
     It has the methods ``forward(x, weight, bias, stats, out)`` -> (y, vectors), ``transform(vectors)`` -> `Transform`
     and ``backward(dy, signature_of_gradient, x, vectors, out)`` -> (dx, dweight, dbias). None from them means that
-    nothing was done, but for what out then holds. Before an out is passed, ``takes(out, ...)`` is asked whether it is
-    memory as these calls have it, apart from that of other arrays, which nothing keeps from being written.
+    nothing was done, but for what out then holds. Before an out is passed, ``is_sure(stats)`` is asked whether no
+    numbers in x can make the call raise, and ``takes(out, ...)`` whether out is memory as these calls have it, apart
+    from that of other arrays, which nothing keeps from being written.
     """
     return None
 

@@ -516,7 +516,7 @@ def _stream(source, target, size, ahead, also_ahead):
 
 
 @machinery
-def store(address, steps, rows, columns, kind, buffer, at, streamed, x_tile, dy_tile):
+def store(address, steps, rows, columns, kind, buffer, at, streamed, read_tile, other_tile):
     """Bring the buffer's tile to its memory, unless the tile is `at` that address.
 
     `streamed` past the caches, while what comes after the tiles that were read is on its way. Other threads see it
@@ -532,7 +532,7 @@ def store(address, steps, rows, columns, kind, buffer, at, streamed, x_tile, dy_
     for row in range(lines):
         line = buffer[row * size : (row + 1) * size]
         if streamed:
-            ahead, also = x_tile[0] + (rows + row) * x_tile[1], dy_tile[0] + (rows + row) * dy_tile[1]
-            _stream(line.ctypes.data, address + row * down, length, ahead, also)
+            ahead, also_ahead = from_row(read_tile, rows + row)[0], from_row(other_tile, rows + row)[0]
+            _stream(line.ctypes.data, address + row * down, length, ahead, also_ahead)
         else:
             write(line, address + row * down, across, kind)

@@ -92,13 +92,14 @@ def kernel(dtype, is_columns, onto):
             y_at, y_steps = address_of(y, axes, 2, place), steps_of(axes, 2)
             x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
             y_tile = target(y_at, y_steps, rows, columns, kind, results, in_place or grid[STREAMED])
+            r_tile = x_tile
             if onto:
                 r_at = address_of(residual, axes, 3, place)
                 r_tile = load(r_at, steps_of(axes, 3), rows, columns, kind, added)
                 apply_onto(x_tile, r_tile, y_tile, rows, columns, like, of_features(of_all, first, last), relu)
             else:
                 apply(x_tile, y_tile, rows, columns, like, of_features(of_all, first, last), relu)
-            store(y_at, y_steps, rows, columns, kind, results, y_tile[0], grid[STREAMED], x_tile, x_tile)
+            store(y_at, y_steps, rows, columns, kind, results, y_tile[0], grid[STREAMED], x_tile, r_tile)
 
     name = f"normalize_{'onto_' * onto}{'columns' if is_columns else 'rows'}_{dtype.__name__}"
     operands = (index, index, index, index, flag, flag)

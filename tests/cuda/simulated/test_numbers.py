@@ -79,7 +79,7 @@ def test_chunks_merge_to_the_same_statistics(simulated: SimpleNamespace, monkeyp
 
 def test_both_ways_forward_give_the_same_bits(simulated: SimpleNamespace) -> None:
     x = np.random.default_rng(6).normal(3, 2, (6, 11, 50)).astype(np.float32)
-    count, mean, m2, _ = simulated.forward(x, (1,), 1e-5, None, None, False)
+    count, mean, m2, _ = simulated.forward(x, (1,), 1e-5, None, None, False, None)
     again = simulated.moments(x, (1,), None)
     assert again[0] == count
     np.testing.assert_array_equal(again[1], mean)

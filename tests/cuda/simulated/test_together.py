@@ -197,7 +197,9 @@ def test_which_road_a_pass_takes(simulated: SimpleNamespace, monkeypatch: pytest
         with monkeypatch.context() as patch:
             patch.setattr(together, "most_parts", lambda device, most=most: most)
             assert _launched(lambda: bn.batch_norm(x)) == expected
-    assert _launched(lambda: bn.batch_norm(x, out=_aligned(x))) == two
+    assert _launched(lambda: bn.batch_norm(x, out=_aligned(x))) == one
+    in_place = _aligned(x)
+    assert _launched(lambda: bn.batch_norm(in_place, out=in_place)) == two
     assert _launched(lambda: bn.batch_norm(x, residual=x)) == two
     assert _launched(lambda: bn.batch_norm(x, where=x > 3)) == two
     assert _launched(lambda: bn.batch_norm(x.astype(np.float64))) == two

@@ -173,7 +173,7 @@ def batch_norm(
     """
     is_plain = where is None and residual is None and group is None
     signature, again = _as_before(x, weight, bias, stats, training, axis, eps, activation, is_plain)
-    takes = again is not None and (out is None or (again.is_sure(stats) and again.takes(out, x, weight, bias)))
+    takes = again is not None and (out is None or again.writes(out, stats, x, weight, bias))
     if takes and (done := again.forward(x, weight, bias, stats, out)):
         return done[0]
     if not takes and out is not None and again is not None and again.is_small:
@@ -228,7 +228,7 @@ def batch_norm_forward(
     """
     is_plain = where is None and residual is None and group is None
     signature, again = _as_before(x, weight, bias, stats, training, axis, eps, activation, is_plain)
-    takes = again is not None and (out is None or (again.is_sure(stats) and again.takes(out, x, weight, bias)))
+    takes = again is not None and (out is None or again.writes(out, stats, x, weight, bias))
     if takes and (done := again.forward(x, weight, bias, stats, out)):
         y, vectors = done
         dtypes = again.dtypes
@@ -306,7 +306,7 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
         raise TypeError(f"saved is a {type(saved).__name__}; it should be what batch_norm_forward returned with y")
     if saved.again is not None:
         signature = backend(saved.x).signature_of_gradient(dy, saved.x)
-        takes = signature is not None and (out is None or saved.again.takes(out, dy, saved.x))
+        takes = signature is not None and (out is None or saved.again.writes(out, None, dy, saved.x))
         if takes and (done := saved.again.backward(dy, signature, saved.x, saved.vectors, out)):
             return Gradients(*done)
     if saved.exchange is None:

@@ -118,7 +118,9 @@ def reference(
     x_hat = deviations * invstd
     z = x_hat * gamma + beta + added
     y = np.where(z < 0, 0.0, z) if relu else z
-    y_scale = scale_of(abs(x_hat * gamma), abs(beta) * ones, abs(added))
+    # Two float64s hold the mean to some 2⁻¹⁰⁰ of itself: of equal values x̂ may be 0 or that, and is compared as 0.
+    unknown = 2.0**-80 * abs(mean * gamma) * invstd
+    y_scale = scale_of(abs(x_hat * gamma), abs(beta) * ones, abs(added), unknown)
 
     gradient = dy.astype(np.float64)
     dz = np.where(z <= 0, 0.0, gradient) if relu else gradient

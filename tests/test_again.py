@@ -17,6 +17,7 @@ from bnarray import functional
 from bnarray.backends import _strided
 from bnarray.backends import numpy as numpy_backend
 from bnarray.kernels.cpu import memory, walk
+from tests.fuzz.memory import forget_plans
 
 rng = np.random.default_rng(7)
 
@@ -493,25 +494,18 @@ def test_a_batch_that_is_left_out_is_written_to_out(shape: tuple[int, ...]) -> N
         out[...] = 7
 
 
-def _forget_plans() -> None:
-    functional._again.clear()
-    for each in vars(_strided).values():
-        if hasattr(each, "cache_clear"):
-            each.cache_clear()
-
-
 @pytest.fixture
 def as_if_large(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """Has arrays of any size treated, from when it is called, as those that no cache holds."""
 
     def make_large() -> None:
-        _forget_plans()
+        forget_plans()
         monkeypatch.setattr(_strided, "LARGE", 1)
         monkeypatch.setattr(_strided, "STREAMED", 1)
 
     yield make_large
     monkeypatch.undo()
-    _forget_plans()
+    forget_plans()
 
 
 OPTIONS: list[dict[str, Any]] = [{}, {"activation": "relu"}, {"where": True}, {"residual": True, "activation": "relu"}]

@@ -80,13 +80,14 @@ class _Again:
         #: Of weight and bias, and so of their gradients.
         self.dtypes = tuple(None if each is None else each.dtype for each in (call.weight, call.bias))
 
-    def is_sure(self, stats: RunningStats | None) -> bool:
+    def writes(self, out: Any, stats: RunningStats | None, *others: Array | None) -> bool:
+        """Whether out can be written at once: laid out as here, apart from other arrays, and no call that may raise."""
+        is_like = self._library.layout(out) == self._layout and self._library.is_free(out, *others)
+        return is_like and self._is_sure(stats)
+
+    def _is_sure(self, stats: RunningStats | None) -> bool:
         """Whether no numbers in x can keep the call from ending well."""
         return True
-
-    def takes(self, out: Any, *others: Array | None) -> bool:
-        """Whether out can be written without further questions: laid out as here, and apart from other arrays."""
-        return self._library.layout(out) == self._layout and self._library.is_free(out, *others)
 
     def _result(self, x: Array, out: Array | None) -> Array:
         if out is None:
@@ -122,7 +123,7 @@ class Training(_Again, ABC):
         if call.stats is not None:
             self._rate, self._correction = call.stats.update_rate, call.stats.correction
 
-    def is_sure(self, stats: RunningStats | None) -> bool:
+    def _is_sure(self, stats: RunningStats | None) -> bool:
         return stats is None or stats.is_sure(self._count)
 
     @abstractmethod

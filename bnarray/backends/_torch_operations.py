@@ -225,12 +225,13 @@ class Followed:
 
     def __init__(self, plan: Training) -> None:
         self._plan = plan
-        self.dtypes, self.transform, self.takes, self.backward = plan.dtypes, plan.transform, plan.takes, plan.backward
+        self.dtypes, self.transform, self.backward = plan.dtypes, plan.transform, plan.backward
 
     is_small = False
 
-    def is_sure(self, stats: RunningStats | None) -> bool:
-        return False  # out is refused, by the checks of a first call
+    def writes(self, out: Any, stats: RunningStats | None, *others: Tensor | None) -> bool:
+        """Whether out can be written at once: autograd follows none, and the checks of a first call refuse it."""
+        return False
 
     def forward(
         self, x: Tensor, weight: Any, bias: Any, stats: RunningStats | None, out: None

@@ -129,9 +129,7 @@ def _columns(dtype, gate):
         plain[:], product[:] = 0, 0
         for group, rows, columns, first, last in tiles(counter, grid, axes, place):
             of = of_features(of_all, first, last)
-            x_tile, dy_tile = _load_both(
-                x, dy, kind, dy_kind, axes, place, rows, columns, values, gradients, grid[LEAD]
-            )
+            x_tile, dy_tile = _load_both(x, dy, kind, dy_kind, axes, place, rows, columns, values, gradients)
             into = plain[group, first:last], product[group, first:last]
             tiled = dy_tile, x_tile, x_tile, rows, columns
             add_columns(mark, *tiled, like, of, mean[first:last], *into, work)
@@ -150,11 +148,11 @@ def _columns(dtype, gate):
             of = of_features(of_all, first, last)
             x_tile, dy_tile = _load_both(x, dy, kind, dy_kind, axes, place, rows, columns, values, gradients)
             dx_at, dx_steps = address_of(dx, axes, 3, place), steps_of(axes, 3)
-            dx_tile = target(dx_at, dx_steps, rows, columns, kind, written, grid[STREAMED])
+            dx_tile = target(dx_at, dx_steps, rows, columns, kind, written, False)
             of_sums = common[first:last], slope[first:last]
             tiled = dy_tile, x_tile, x_tile, x_tile, dx_tile, dx_tile, rows, columns
             batch_columns(mark, *tiled, like, of, *of_sums)
-            store(dx_at, dx_steps, rows, columns, kind, written, dx_tile[0], grid[STREAMED], x_tile, dy_tile)
+            store(dx_at, dx_steps, rows, columns, kind, written, dx_tile[0], False, x_tile, dy_tile)
 
     return backward
 

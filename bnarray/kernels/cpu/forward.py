@@ -107,7 +107,7 @@ def _columns(dtype):
         squares, room = carve_rows(room, groups, mean.size, 0.0)
         numbers[:], shift[:], offset[:], squares[:] = 0, 0, 0, 0
         for group, rows, columns, first, last in tiles(counter, grid, axes, place):
-            x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values, grid[LEAD])
+            x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
             into = numbers[group, first:last], shift[group, first:last], offset[group, first:last]
             fold_columns(x_tile, rows, columns, like, *into, squares[group, first:last], sums)
         merge_all(numbers, shift, offset, squares, mean)
@@ -120,9 +120,9 @@ def _columns(dtype):
         for _, rows, columns, first, last in tiles(counter, grid, axes, place):
             y_at, y_steps = address_of(y, axes, 2, place), steps_of(axes, 2)
             x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)
-            y_tile = target(y_at, y_steps, rows, columns, kind, normalized, grid[STREAMED])
+            y_tile = target(y_at, y_steps, rows, columns, kind, normalized, False)
             normalize_columns(x_tile, y_tile, rows, columns, like, of_features(of_all, first, last), relu)
-            store(y_at, y_steps, rows, columns, kind, normalized, y_tile[0], grid[STREAMED], x_tile, x_tile)
+            store(y_at, y_steps, rows, columns, kind, normalized, y_tile[0], False, x_tile, x_tile)
 
     return forward
 

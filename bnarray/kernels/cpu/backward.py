@@ -24,7 +24,7 @@ from bnarray.kernels.cpu.coefficients import (
 from bnarray.kernels.cpu.compiled import Kernel, counter, index, indices, machinery, results, scratch, table
 from bnarray.kernels.cpu.gate import GATES
 from bnarray.kernels.cpu.grad_input import batch_columns, batch_rows, fill_slopes
-from bnarray.kernels.cpu.grad_sums import add_columns, add_rows, carve_sums_and_lanes
+from bnarray.kernels.cpu.grad_sums import add_all, add_columns, add_rows, carve_sums_and_lanes
 from bnarray.kernels.cpu.lanes import MOST
 from bnarray.kernels.cpu.memory import arithmetic, carve, carve_rows, load, room_in, store, target
 from bnarray.kernels.cpu.pool import NEXT, REFUSED, take
@@ -133,12 +133,9 @@ def _columns(dtype, gate):
             into = plain[group, first:last], product[group, first:last]
             tiled = dy_tile, x_tile, x_tile, rows, columns
             add_columns(mark, *tiled, like, of, mean[first:last], *into, work)
+        add_all(plain, product)
         for c in range(mean.size):
-            sum_dz[c], sum_dz_x[c] = 0, 0
-            for group in range(groups):
-                sum_dz[c] += plain[group, c]
-                sum_dz_x[c] += product[group, c]
-            sum_dz_x[c] *= of_all[3][c]
+            sum_dz[c], sum_dz_x[c] = plain[0, c], product[0, c] * of_all[3][c]
         fit &= fill_slopes(common, slope, of_all, count, counts, mean, sum_dz, sum_dz_x)
         if single and not fit:
             counter[REFUSED] = 1

@@ -172,36 +172,46 @@ def _add_rows_of(gate, dy_tile, x_tile, r_tile, rows, columns, like, of, mean, s
 # Not in place: at its edges the memory of the partial results is another thread's too.
 
 
+@machinery
+def _all_held(plain, product):
+    held = True
+    for j in range(plain.size):
+        held &= _is_held(plain[j], product[j])
+    return held
+
+
+@machinery
+def _add_to(gate, dy_tile, x_tile, r_tile, rows, columns, like, of, mean, plain, product, sum_dz, sum_dz_x):
+    """Add a tile's sums to the features', those that are not held once more in float64."""
+    if not _all_held(plain, product):
+        for j in range(columns):
+            if not _is_held(plain[j], product[j]):
+                tiles, of_one = (dy_tile, x_tile, r_tile), (of[0][j], of[1][j], of[2][j])
+                plain[j], product[j] = _sum_again(gate, *tiles, rows, columns, j, columns, like, of_one, mean[j])
+    for j in range(plain.size):
+        sum_dz[j] += plain[j]
+        sum_dz_x[j] += product[j]
+
+
 def _add_columns(gate, dy_tile, x_tile, r_tile, rows, columns, like, of, mean, sum_dz, sum_dz_x, room):
     exact = room[0][1]
-    tiles = dy_tile, x_tile, r_tile
+    tiled = dy_tile, x_tile, r_tile, rows, columns, like, of
     exact[:2, :columns] = 0
-    _add(gate, *tiles, rows, columns, like, of, mean, exact[0], exact[1])
-    for j in range(columns):
-        plain, product = exact[0, j], exact[1, j]
-        if not _is_held(plain, product):
-            of_one = of[0][j], of[1][j], of[2][j]
-            plain, product = _sum_again(gate, *tiles, rows, columns, j, columns, like, of_one, mean[j])
-        sum_dz[j] += plain
-        sum_dz_x[j] += product
+    _add(gate, *tiled, mean, exact[0], exact[1])
+    _add_to(gate, *tiled, mean, exact[0, :columns], exact[1, :columns], sum_dz, sum_dz_x)
 
 
 def _add_columns_of_halves(gate, dy_tile, x_tile, r_tile, rows, columns, like, of, mean, sum_dz, sum_dz_x, room):
-    quick = room[0][0]
-    tiles = dy_tile, x_tile, r_tile
+    quick, exact = room[0]
+    tiled = dy_tile, x_tile, r_tile, rows, columns, like, of
     quick[:2, :columns] = 0
     for j in range(columns):
         quick[2, j] = mean[j]
-    _add(gate, *tiles, rows, columns, like, of, quick[2], quick[0], quick[1])
+    _add(gate, *tiled, quick[2], quick[0], quick[1])
     for j in range(columns):
-        plain, product = np.float64(quick[0, j]), np.float64(quick[1, j])
-        if _is_held(plain, product):
-            product -= _rest(mean[j], quick[2, j]) * plain
-        else:
-            of_one = of[0][j], of[1][j], of[2][j]
-            plain, product = _sum_again(gate, *tiles, rows, columns, j, columns, like, of_one, mean[j])
-        sum_dz[j] += plain
-        sum_dz_x[j] += product
+        plain = np.float64(quick[0, j])
+        exact[0, j], exact[1, j] = plain, np.float64(quick[1, j]) - _rest(mean[j], quick[2, j]) * plain
+    _add_to(gate, *tiled, mean, exact[0, :columns], exact[1, :columns], sum_dz, sum_dz_x)
 
 
 def add_columns(gate, dy_tile, x_tile, r_tile, rows, columns, like, of, mean, sum_dz, sum_dz_x, room):
@@ -261,11 +271,19 @@ def kernel(dtype, is_columns, gate):
     return Kernel(name, types.void(counter, scratch, indices, table, *operands, *STATISTICS, *sums), grad_sums)
 
 
+@machinery
+def add_all(sum_dz, sum_dz_x):
+    """Add the groups in order into the first row."""
+    for group in range(1, sum_dz.shape[0]):
+        plain, product = sum_dz[group], sum_dz_x[group]
+        for c in range(plain.size):
+            sum_dz[0, c] += plain[c]
+            sum_dz_x[0, c] += product[c]
+
+
 def _add_groups(sum_dz, sum_dz_x, count, counts, m2, eps):
+    add_all(sum_dz, sum_dz_x)
     for c in range(m2.size):
-        for group in range(1, sum_dz.shape[0]):
-            sum_dz[0, c] += sum_dz[group, c]
-            sum_dz_x[0, c] += sum_dz_x[group, c]
         sum_dz_x[0, c] *= invstd_of(count_of(c, count, counts), m2[c], eps)
 
 

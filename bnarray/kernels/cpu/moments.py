@@ -543,8 +543,8 @@ def merge_into(c, count, shift, offset, m2, n, other_shift, other_offset, other_
     count[c], offset[c], m2[c] = merge_scalars(count[c], offset[c], m2[c], n, other_offset, other_m2)
 
 
-# Group after group, in loops over few enough arrays to be vectorised. Feature after feature, each division waits for the
-# one before: that took 95 µs of 330 on (4096, 512), this takes 13.
+# Group after group, in loops over few enough arrays to be vectorised. Feature after feature, each division waits for
+# the one before: that took 95 µs of 330 on (4096, 512), this takes 13.
 
 
 @machinery

@@ -365,8 +365,8 @@ def test_tasks_start_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     values = _normal(2048, 16, 16)
     assert values.size > 2**18
     shared: list[int] = []
-    original = pool._share
-    monkeypatch.setattr(pool, "_share", lambda wanted, *rest: (shared.append(wanted), original(wanted, *rest)))
+    original = pool.helpers.share
+    monkeypatch.setattr(pool.helpers, "share", lambda number, *rest: (shared.append(number), original(number, *rest)))
     monkeypatch.setattr(pool.numba, "get_num_threads", lambda: 2)
     monkeypatch.setattr(pool.numba.config, "NUMBA_NUM_THREADS", 2)
     x = da.from_array(values, chunks=(2048, 16, 16))

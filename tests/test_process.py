@@ -135,10 +135,10 @@ post, unpack = handover.handover(kernel)
 mail, counter, own = np.zeros(handover.SIZE, np.int64), np.zeros(2, np.int64), np.zeros(64, np.uint8)
 at = mail.ctypes.data
 for _ in range(2):
-    post.call(at, 5, unpack.address, kernel.address, counter, own, 1)
+    post.call(at, 5, 1, unpack.address, kernel.address, counter, own, 1)
     handover.serve.call(at, 10)
     print(counter[0], own[0], mail[handover.STATE], mail[handover.FAILED])
-post.call(at, 5, unpack.address, kernel.address, counter, own, 1)
+post.call(at, 5, 1, unpack.address, kernel.address, counter, own, 1)
 print(handover.settle.call(at, 10), mail[handover.STATE])
 handover.serve.call(at, 10)
 mail[handover.STATE] = handover.TAKEN
@@ -164,7 +164,7 @@ for fail_from in [0, 1] * 200:
     assert alive() is None
 assert heard <= {"as told", "a kernel failed in another thread than the caller's"} and "as told" in heard
 import bnarray as bn
-print(bn.batch_norm(np.ones((400_000, 8), np.float32)).sum(), len(pool._team.helpers))
+print(bn.batch_norm(np.ones((400_000, 8), np.float32)).sum(), len(pool.helpers.hired))
 """
     assert run_python(FAILING + code, NUMBA_NUM_THREADS="2") == "0.0 1\n"
 
@@ -444,7 +444,7 @@ while time.monotonic() < end + 0.1:
         interrupted += 1
 thread.join()
 assert interrupted > 0
-(helper,) = pool._team.helpers
+(helper,) = pool.helpers.hired
 assert (bn.batch_norm(x) == expected).all()
 print(threading.active_count(), helper.mail[0], helper.held)
 """

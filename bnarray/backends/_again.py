@@ -277,17 +277,17 @@ class SharedTraining(Training):
 
     def _write(self, x: Memory, y: Memory, vectors: Vectors, is_given: bool) -> bool:
         """Find mean and m2, and write y; return whether float32 does."""
-        mean, m2, owners, parameters = vectors[0], vectors[1], (x.owner, y.owner), self._parameters(vectors)
+        mean, m2, parameters = vectors[0], vectors[1], self._parameters(vectors)
         statistics = float(self._count), NONE, mean, m2, self._eps, *parameters
         if self._joint is not None:
-            return self._joint.into(is_given).attempt(owners, x.address, y.address, x.kind, self._relu, *statistics)
+            return self._joint.into(is_given).attempt(x, (y,), x.address, y.address, x.kind, self._relu, *statistics)
         found = np.zeros((4, self._sums.groups, self._size))
-        if not self._sums.attempt(owners, x.address, x.kind, memory.NOWHERE, memory.BOOL, *found):
+        if not self._sums.attempt(x, (), x.address, x.kind, memory.NOWHERE, memory.BOOL, *found):
             return False
         moments.merge_groups.call(*found, mean)
         vectors[1] = found[3, 0]
         operands = x.address, y.address, x.address, x.kind, False, self._relu
-        return self._normal.into(is_given).attempt(owners, *operands, *statistics)
+        return self._normal.into(is_given).attempt(x, (y,), *operands, *statistics)
 
     def forward(
         self, x: Array, weight: Any, bias: Any, stats: RunningStats | None, out: Array | None
@@ -334,21 +334,21 @@ class SharedTraining(Training):
         way = self._ways_back[signature]
         dx, (dweight, dbias) = self._result(x, out), self._empty_gradients()
         seen, seen_dy, seen_dx = (library.look(each) for each in (x, dy, dx))
-        owners, kinds, count = (x, dy, dx), (seen.kind, seen_dy.kind), float(self._count)
+        others, kinds, count = (seen_dy, seen_dx), (seen.kind, seen_dy.kind), float(self._count)
         statistics = count, NONE, vectors[0], vectors[1], self._eps, *self._parameters(vectors)
         at, dy_at, dx_at = seen.address, seen_dy.address, seen_dx.address
         if way.joint is not None:
             sums = np.empty((2, self._size))
-            if not way.joint.into(out is not None).attempt(owners, at, dy_at, dx_at, *kinds, *statistics, *sums):
+            if not way.joint.into(out is not None).attempt(seen, others, at, dy_at, dx_at, *kinds, *statistics, *sums):
                 return None
         else:
             parts = np.zeros((2, way.sums.groups, self._size))
-            if not way.sums.attempt(owners, at, dy_at, at, *kinds, *statistics, *parts):
+            if not way.sums.attempt(seen, others, at, dy_at, at, *kinds, *statistics, *parts):
                 return None
             grad_sums.add_groups.call(*parts, count, NONE, vectors[1], self._eps)
             sums = parts[:, 0]
             operands = at, dy_at, dx_at, at, at, at, *kinds, seen.kind, False
-            if not way.gradient.into(out is not None).attempt(owners, *operands, *statistics, *sums):
+            if not way.gradient.into(out is not None).attempt(seen, others, *operands, *statistics, *sums):
                 return None
         whole.write_sums.call(way.sheet, sums[0], sums[1], library.place(dweight), library.place(dbias))
         return dx, dweight, dbias
@@ -373,7 +373,9 @@ class SharedEvaluation(Evaluation):
         seen, seen_y = library.look(x), library.look(y)
         operands = seen.address, seen_y.address, seen.address, seen.kind, False, self._relu
         statistics = 1.0, NONE, vectors[0], vectors[1], self._eps, *self._parameters(vectors)
-        return (y, vectors) if self._step.into(out is not None).attempt((x, y), *operands, *statistics) else None
+        return (
+            (y, vectors) if self._step.into(out is not None).attempt(seen, (seen_y,), *operands, *statistics) else None
+        )
 
 
 def _is_plain(stats: RunningStats, state: Any) -> bool:

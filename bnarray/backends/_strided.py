@@ -39,13 +39,17 @@ Strides: TypeAlias = tuple[int, ...]
 
 
 class Memory(NamedTuple):
-    """An array, as kernels see it: an address, one of the kinds of `kernels.cpu.memory`, sizes and strides in bytes."""
+    """An array, as kernels see it: an address, one of the kinds of `kernels.cpu.memory`, sizes and strides in bytes.
+
+    And whose threads share the work on it.
+    """
 
     owner: object
     address: int
     kind: int
     shape: tuple[int, ...]
     strides: Strides
+    team: pool.Team = pool.helpers
 
     def split(self, how: Split) -> "Memory":
         return self._replace(shape=how.shape(self.shape), strides=how.strides(self.strides))
@@ -104,14 +108,18 @@ class Step(NamedTuple):
         grid[walk.STREAMED] = True
         return self._replace(grid=grid)
 
-    def attempt(self, owners: tuple[object, ...], *arguments: Any) -> bool:
-        """Call the kernel; return whether it did not refuse."""
-        return pool.run(self.kernel, self.pieces, self.room, self.grid, self.axes, *arguments, owners=owners)
+    def attempt(self, x: Memory, others: tuple[Memory | None, ...], *arguments: Any) -> bool:
+        """Call the kernel, with the addresses of x and others among the arguments; return whether it did not refuse."""
+        return self._call(self.kernel, x, others, arguments)
 
-    def run(self, owners: tuple[object, ...], *arguments: Any) -> None:
+    def run(self, x: Memory, others: tuple[Memory | None, ...], *arguments: Any) -> None:
         """Call the kernel; where it refuses, the one for float64."""
-        if not self.attempt(owners, *arguments):
-            pool.run(self.wide(), self.pieces, self.room, self.grid, self.axes, *arguments, owners=owners)
+        if not self._call(self.kernel, x, others, arguments):
+            self._call(self.wide(), x, others, arguments)
+
+    def _call(self, kernel: Kernel, x: Memory, others: object, arguments: tuple[Any, ...]) -> bool:
+        tables = self.grid, self.axes
+        return pool.run(kernel, self.pieces, self.room, *tables, *arguments, owners=(x, others), team=x.team)
 
 
 def common_kind(x_kind: int, dy_kind: int) -> int:
@@ -240,7 +248,7 @@ def find_moments(x: Memory, kept: tuple[int, ...], where: Memory | None) -> tupl
         step = moments_step(x.kind, x.shape, kept, x.strides, where.strides, weight_type=weight_type)
         where_at, where_kind = where.address, where.kind
     sums = np.zeros((4, step.groups, step.features))
-    step.run((x.owner, where and where.owner), x.address, x.kind, where_at, where_kind, *sums)
+    step.run(x, (where,), x.address, x.kind, where_at, where_kind, *sums)
     count, shift, offset, m2 = sums.reshape(4, step.groups * times, -1)
     mean = np.empty(step.features // times)
     moments.merge_groups.call(count, shift, offset, m2, mean)
@@ -300,7 +308,7 @@ def find_and_write(
     mean, m2 = np.empty((2, step.features))
     count, parameters = prod(x.shape) // step.features, _parameters(weight, bias)
     arguments = x.address, y.address, x.kind, relu, float(count), NONE, mean, m2, eps, *parameters
-    if not step.into(is_given).attempt((x.owner, y.owner), *arguments):
+    if not step.into(is_given).attempt(x, (y,), *arguments):
         write_normalized(x, Transform(kept, count, mean, m2, eps, weight, bias, relu, None), None, y, is_given)
     return count, mean, m2
 
@@ -329,7 +337,7 @@ def write_normalized(x: Memory, transform: Transform, residual: Memory | None, y
     step = normalize_step(x.kind, x.shape, transform.kept, onto, x.strides, y.strides, added.strides)
     in_place = y.address in (x.address, added.address)
     operands = x.address, y.address, added.address, x.kind, in_place, transform.relu
-    step.into(is_given).run((x.owner, y.owner, added.owner), *operands, *_statistics(transform))
+    step.into(is_given).run(x, (y, added), *operands, *_statistics(transform))
 
 
 # -- Backward ----------------------------------------------------------------------------------------------------------
@@ -362,7 +370,7 @@ def find_grad_sums(dy: Memory, x: Memory, transform: Transform, residual: Memory
     step = grad_sums_step(kind, x.shape, transform.kept, gate, guide, x.strides, dy.strides, added.strides)
     sums = np.zeros((2, step.groups, step.features))
     operands = x.address, dy.address, added.address, x.kind, dy.kind
-    step.run((x.owner, dy.owner, added.owner), *operands, *_statistics(transform), *sums)
+    step.run(x, (dy, added), *operands, *_statistics(transform), *sums)
     sum_dz, sum_dz_x = sums.reshape(2, step.groups * times, -1)
     grad_sums.add_groups.call(sum_dz, sum_dz_x, *counted(whole.count), flat(whole.m2), whole.eps)
     return sum_dz[0].copy(), sum_dz_x[0].copy()
@@ -395,7 +403,7 @@ def find_and_write_gradient(
     sum_dz, sum_dz_x = np.empty((2, step.features))
     operands = x.address, dy.address, dx.address, x.kind, dy.kind
     arguments = *operands, *_statistics(transform), sum_dz, sum_dz_x
-    if not step.into(is_given).attempt((x.owner, dy.owner, dx.owner), *arguments):
+    if not step.into(is_given).attempt(x, (dy, dx), *arguments):
         return None
     return sum_dz, sum_dz_x
 
@@ -432,17 +440,16 @@ def write_grad_input(
         transform = _split(transform, how)
         sums = sums and (np.tile(sums[0], how.size), np.tile(sums[1], how.size))
     statistics = grad_input.CONSTANT if sums is None else grad_input.BATCH if where is None else grad_input.WEIGHTED
-    dy_to_dresidual = [each or x for each in (dy, dx, where, residual, dresidual)]
-    strides = x.strides, *(each.strides for each in dy_to_dresidual)
+    others = tuple(each or x for each in (dy, dx, where, residual, dresidual))
+    strides = x.strides, *(each.strides for each in others)
     step = grad_input_step(
         common_kind(x.kind, dy.kind), x.shape, transform.kept, _gate(transform), statistics, *strides
     )
-    owners = x.owner, *(each.owner for each in dy_to_dresidual)
-    addresses = x.address, *(each.address for each in dy_to_dresidual)
+    addresses = x.address, *(each.address for each in others)
     kinds = x.kind, dy.kind, x.kind if where is None else where.kind
     in_place = dx.address == dy.address
     arguments = *addresses, *kinds, in_place, *_statistics(transform), *((NONE, NONE) if sums is None else sums)
-    step.into(is_given).run(owners, *arguments)
+    step.into(is_given).run(x, others, *arguments)
 
 
 # -- Verbs -------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from bnarray.backends._strided import Memory
 from bnarray.backends.generic import plain
 from bnarray.cuda import obstacle
 from bnarray.dispatch import Transform, backend, load
-from bnarray.kernels.cpu import memory, whole
+from bnarray.kernels.cpu import memory, openmp, pool, whole
 from bnarray.layout import broadcasts
 from bnarray.stats import RunningStats
 
@@ -317,8 +317,19 @@ def _strides(x: Tensor) -> tuple[int, ...]:
     return tuple([size * step for step in x.stride()])
 
 
+def _team() -> pool.Team:
+    """torch's own threads, where they are an OpenMP runtime's that takes work from others."""
+    try:
+        return openmp.Crew(torch._C.__file__, torch.get_num_threads)
+    except (OSError, AttributeError):
+        return pool.helpers
+
+
+_TEAM = _team()
+
+
 def _memory(x: Tensor) -> Memory:
-    return Memory(x, x.data_ptr(), _KINDS[x.dtype], tuple(x.shape), _strides(x))
+    return Memory(x, x.data_ptr(), _KINDS[x.dtype], tuple(x.shape), _strides(x), _TEAM)
 
 
 _kernels = _strided.Adapter(_memory, empty_like)

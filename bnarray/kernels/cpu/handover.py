@@ -17,9 +17,9 @@ from numba.extending import intrinsic
 from bnarray.kernels.cpu.compiled import Kernel, flag, index, machinery, named
 from bnarray.kernels.cpu.memory import view
 
-#: A mailbox: the state of its post, whose it is, the addresses of what unpacks it and of the kernel, whether that
-#: raised; then the arguments.
-STATE, OWNER, UNPACK, KERNEL, FAILED, ARGUMENTS = range(6)
+#: A mailbox: the state of its post, whose it is, how many threads may make the call and how many came, the addresses of
+#: what unpacks it and of the kernel, whether that raised; then the arguments.
+STATE, OWNER, SEATS, CAME, UNPACK, KERNEL, FAILED, ARGUMENTS = range(8)
 
 #: How many integers a mailbox takes: there is room for the arguments of any kernel.
 SIZE = 512
@@ -95,7 +95,10 @@ def call_at(typingctx, function, arguments):
 
 
 class Handover(NamedTuple):
-    """What posts calls of a kernel (and tells whether the mailbox was free), and what a helper unpacks them with."""
+    """What posts calls of a kernel (and tells whether the mailbox was free), and what a thread unpacks them with.
+
+    Threads that make one call together, each of which takes a seat, have a part of its scratch memory each.
+    """
 
     post: Kernel
     unpack: Kernel
@@ -115,15 +118,22 @@ def _handover(kinds: tuple[Any, ...]) -> Handover:
 
     def unpack(at):
         mail = view(at, SIZE, 0)
-        if not call_at(mail[KERNEL], get(at + 8 * ARGUMENTS)):
-            mail[FAILED] = 1
+        seat, seats = add(at + 8 * CAME, 1), mail[SEATS]
+        if seat < seats:
+            arguments = get(at + 8 * ARGUMENTS)
+            scratch = arguments[1]
+            room = scratch.size // seats
+            own = scratch[seat * room : (seat + 1) * room]
+            if not call_at(mail[KERNEL], (*arguments[:1], own, *arguments[2:])):
+                mail[FAILED] = 1
 
     @machinery
-    def put(at, owner, unpack, kernel, arguments):
+    def put(at, owner, seats, unpack, kernel, arguments):
         if not _exchange(at + 8 * STATE, NOTHING, WRITTEN):
             return False
         mail = view(at, SIZE, 0)
-        mail[OWNER], mail[UNPACK], mail[KERNEL], mail[FAILED] = owner, unpack, kernel, 0
+        mail[OWNER], mail[SEATS], mail[CAME] = owner, seats, 0
+        mail[UNPACK], mail[KERNEL], mail[FAILED] = unpack, kernel, 0
         if not _put(at + 8 * ARGUMENTS, 8 * (SIZE - ARGUMENTS), arguments):
             raise MemoryError("a kernel has more arguments than a mailbox has room for")
         return _exchange(at + 8 * STATE, WRITTEN, POSTED)
@@ -131,12 +141,15 @@ def _handover(kinds: tuple[Any, ...]) -> Handover:
     # A function with as many parameters as the kernel: Numba would find out a tuple's type at every call, in 40 µs.
     names = ", ".join(f"argument{i}" for i in range(len(kinds)))
     written: dict[str, Any] = {"put": put, "__name__": __name__}
-    exec(f"def post(at, owner, unpack, kernel, {names}): return put(at, owner, unpack, kernel, ({names}))", written)
+    exec(
+        f"def post(at, owner, seats, unpack, kernel, {names}): return put(at, owner, seats, unpack, kernel, ({names}))",
+        written,
+    )
 
     digest = hashlib.sha256(str(kinds).encode()).hexdigest()[:16]
     named(f"put_{digest}", put.py_func)
     return Handover(
-        Kernel(f"post_{digest}", flag(index, index, index, index, *kinds), written["post"]),
+        Kernel(f"post_{digest}", flag(index, index, index, index, index, *kinds), written["post"]),
         Kernel(f"unpack_{digest}", types.void(index), unpack),
     )
 
@@ -147,14 +160,23 @@ def handover(kernel: Kernel) -> Handover:
     return _handover(kernel.kinds)
 
 
+@machinery
+def _make(mail):
+    call_at(view(mail, SIZE, 0)[UNPACK], (mail,))
+
+
 def _serve(mail, looks):
     quiet = 0
     while quiet < looks:
         quiet += 1
         if _look(mail + 8 * STATE) == POSTED and _exchange(mail + 8 * STATE, POSTED, TAKEN):
-            call_at(view(mail, SIZE, 0)[UNPACK], (mail,))
+            _make(mail)
             _exchange(mail + 8 * STATE, TAKEN, NOTHING)
             quiet = 0
+
+
+def _join(mail):
+    _make(mail)
 
 
 def _settle(mail, looks):
@@ -166,6 +188,9 @@ def _settle(mail, looks):
 
 #: Makes the calls that come into a mailbox, until so many looks in a row found none.
 serve = Kernel("serve", types.void(index, index), _serve)
+
+#: For threads that are told of a mailbox: the function, for C, that makes the call there.
+join = Kernel("join", types.void(index), _join, for_c=True)
 
 #: Takes back a post, or waits for the end of its call; returns whether that came within so many looks.
 settle = Kernel("settle", flag(index, index), _settle)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 import numba
 import numpy as np
@@ -90,92 +90,101 @@ class _Helper:
             self._is_asleep = False
 
 
-class _Team:
-    """The helpers of a process: as many as Numba has threads, less one, for all callers."""
+class Team(Protocol):
+    """Threads that share a call, the caller among them."""
+
+    def size(self) -> int:
+        """Return how many may take part."""
+
+    def share(
+        self, number: int, kernel: Kernel, counter: Any, room: int, arguments: tuple[Any, ...], owners: object
+    ) -> None:
+        """Call the kernel from so many threads; `room` and `owners` are as in `run`."""
+
+
+class Helpers:
+    """The caller, and helpers of ours: as many threads as Numba has. They are a process's, for all callers."""
 
     def __init__(self) -> None:
-        self.helpers: list[_Helper] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, in a forked child, which has none of its parent's threads."""
+        self.hired: list[_Helper] = []
         self._calls = itertools.count(1)
         self._hiring = threading.Lock()
 
-    def number_of_call(self) -> int:
-        """Return a number that no other call has."""
-        return next(self._calls)
-
-    def grow(self, number: int) -> None:
+    def _grow(self, number: int) -> None:
         """Start helpers until there are so many."""
         with self._hiring:
-            while len(self.helpers) < min(number, int(numba.config.NUMBA_NUM_THREADS) - 1):
+            while len(self.hired) < min(number, int(numba.config.NUMBA_NUM_THREADS) - 1):
                 helper = _Helper()
                 try:
                     helper.start()
                 except RuntimeError:  # no more threads, or the interpreter is shutting down
                     return
-                self.helpers.append(helper)
+                self.hired.append(helper)
+
+    def size(self) -> int:
+        return threads()
+
+    def share(
+        self, number: int, kernel: Kernel, counter: Any, room: int, arguments: tuple[Any, ...], owners: object
+    ) -> None:
+        wanted = number - 1
+        if len(self.hired) < wanted:
+            self._grow(wanted)
+        post, unpack = handover.handover(kernel)
+        call, found = next(self._calls), 0
+        scratches = [np.empty(room, np.uint8) for _ in range(number)]
+        work = counter, scratches, arguments, owners
+        try:
+            for helper in self.hired:
+                own = scratches[found]
+                if post.call(helper.address, call, 1, unpack.address, kernel.address, counter, own, *arguments):
+                    helper.held = work
+                    helper.wake()
+                    found += 1
+                    if found == wanted:
+                        break
+            kernel.call(counter, scratches[wanted], *arguments)
+        finally:
+            failed = self._end(call, work)
+        if failed:
+            raise RuntimeError("a kernel failed in another thread than the caller's")
+
+    def _end(self, call: int, work: object) -> bool:
+        """Take back what helpers have not begun of a call, and wait for what they have; return whether that failed.
+
+        While a helper works it holds the arrays, so that another interruption (Ctrl-C) never leaves it with memory that
+        is gone.
+        """
+        failed = False
+        for helper in [helper for helper in self.hired if helper.mail[handover.OWNER] == call]:
+            helper.held = work
+            while not handover.settle.call(helper.address, _LAST_PIECE):
+                time.sleep(1e-4)
+            failed |= bool(helper.mail[handover.FAILED])
+            helper.held = None
+        return failed
 
 
-_team = _Team()
-
-
-def _forget() -> None:
-    """A forked child has none of its parent's threads."""
-    global _team
-    _team = _Team()
-
+helpers = Helpers()
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=helpers.forget)
 
 
-def run(kernel: Kernel, pieces: int, room: int, *arguments: Any, owners: tuple[object, ...]) -> bool:
+def run(kernel: Kernel, pieces: int, room: int, *arguments: Any, owners: object, team: Team = helpers) -> bool:
     """Call ``kernel(counter, scratch, *arguments)`` from as many threads as there are pieces for, until all are done.
 
     Return whether none of them refused. Each has `room` bytes of scratch memory. The arguments hold addresses; `owners`
-    are the arrays there.
+    keep alive what is there.
     """
-    counter, scratch = np.zeros(2, np.int64), np.empty(room, np.uint8)
-    helpers = min(threads(), pieces) - 1 if pieces > 1 else 0
-    if helpers > 0:
-        _share(helpers, kernel, counter, scratch, arguments, owners)
+    counter = np.zeros(2, np.int64)
+    number = min(team.size(), pieces) if pieces > 1 else 1
+    if number > 1:
+        team.share(number, kernel, counter, room, arguments, owners)
     else:
-        kernel.call(counter, scratch, *arguments)
+        kernel.call(counter, np.empty(room, np.uint8), *arguments)
     return not counter[REFUSED]
-
-
-def _share(wanted: int, kernel: Kernel, counter: Any, scratch: Any, arguments: tuple[Any, ...], owners: Any) -> None:
-    if len(_team.helpers) < wanted:
-        _team.grow(wanted)
-    post, unpack = handover.handover(kernel)
-    number, found = _team.number_of_call(), 0
-    scratches = [np.empty_like(scratch) for _ in range(wanted)]
-    work = counter, scratches, arguments, owners
-    try:
-        for helper in _team.helpers:
-            own = scratches[found]
-            if post.call(helper.address, number, unpack.address, kernel.address, counter, own, *arguments):
-                helper.held = work
-                helper.wake()
-                found += 1
-                if found == wanted:
-                    break
-        kernel.call(counter, scratch, *arguments)
-    finally:
-        failed = _end(number, work)
-    if failed:
-        raise RuntimeError("a kernel failed in another thread than the caller's")
-
-
-def _end(number: int, work: object) -> bool:
-    """Take back what helpers have not begun of a call, and wait for what they have; return whether that failed.
-
-    While a helper works it holds the arrays, so that another interruption (Ctrl-C) never leaves it with memory that is
-    gone.
-    """
-    failed = False
-    for helper in [helper for helper in _team.helpers if helper.mail[handover.OWNER] == number]:
-        helper.held = work
-        while not handover.settle.call(helper.address, _LAST_PIECE):
-            time.sleep(1e-4)
-        failed |= bool(helper.mail[handover.FAILED])
-        helper.held = None
-    return failed

@@ -414,12 +414,15 @@ def _as_before(
     is_plain: bool,
 ) -> tuple[Any, Any]:
     """Return the signature of a call, if it has one, and what makes such calls, if there was one before."""
-    of_stats = None
+    of_stats: Any = None
+    given: tuple[Array, ...] = ()
     if type(stats) is RunningStats:
         of_stats = stats.settings
+    elif type(stats) is Moments and not training and is_number(stats.count) and stats.count == 1:
+        of_stats, given = Moments, (stats.mean, stats.m2)
     elif stats is not None:
         return None, None
-    of_arrays = backend(x).signature(x, weight, bias) if is_plain else None
+    of_arrays = backend(x).signature(x, weight, bias, *given) if is_plain else None
     if of_arrays is None:
         return None, None
     # Types too, because True is 1.

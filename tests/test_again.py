@@ -121,6 +121,29 @@ def test_the_same_bits_in_evaluation(
     assert _state(stats) == before
 
 
+def test_mean_and_variance_to_evaluate_with(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `Moments` of a count of 1, of any layout; what they hold is read at each call."""
+    x, dy = (rng.normal(3, 2, shape).astype(np.float32) for _ in range(2))
+    both = [rng.uniform(1, 2, (2, 2 * shape[1]))[:, ::2] for _ in range(2)]
+
+    def forward_and_back(mean: Any, var: Any) -> Any:
+        y, saved = bn.batch_norm_forward(x, stats=bn.Moments(1, mean, var), training=False)
+        return y, bn.batch_norm_backward(dy, saved).x
+
+    expected = [_made_anew(lambda given=given: forward_and_back(*given)) for given in both]
+    monkeypatch.setattr(functional, "_checked", None)
+    for given, results in zip(both, expected, strict=True):
+        for first, second in zip(results, forward_and_back(*given), strict=True):
+            np.testing.assert_array_equal(first, second, strict=True)
+
+
+def test_moments_of_many_are_divided(shape: tuple[int, int]) -> None:
+    x = rng.normal(3, 2, shape)
+    m = bn.moments(x)
+    bn.batch_norm(x, stats=bn.Moments(1, m.mean, m.var()), training=False)
+    np.testing.assert_array_equal(bn.batch_norm(x, stats=m, training=False), bn.batch_norm(x))
+
+
 @pytest.mark.parametrize("layout", ["F", "reversed", "every other", "read-only", "unaligned", "broadcast"])
 def test_any_strides(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = rng.normal(size=(6, 5, 4)).astype(np.float32)

@@ -130,6 +130,22 @@ def test_evaluation_stays_differentiable() -> None:
         assert torch.autograd.gradcheck(lambda x: bn.batch_norm(x, stats=stats, training=False), x)
 
 
+@pytest.mark.parametrize("shape", [(6, 4), (4000, 40)])
+def test_mean_and_variance_to_evaluate_with(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `Moments` of a count of 1: autograd follows them where it should."""
+    x, mean, var = torch.randn(shape), torch.randn(shape[1]), torch.rand(shape[1]) + 1
+
+    def call(mean: Any, var: Any) -> Any:
+        return bn.batch_norm(x, stats=bn.Moments(1, mean, var), training=False)
+
+    _assert_same(*_first_and_second(lambda: [call(mean, var)], monkeypatch))
+    torch.testing.assert_close(call(mean, 4 * var), (x - mean) / torch.sqrt(4 * var + 1e-5))
+    wanted = mean.requires_grad_()
+    for _ in range(2):
+        (dmean,) = torch.autograd.grad(call(wanted, var).sum(), wanted)
+        torch.testing.assert_close(dmean, -shape[0] / torch.sqrt(var + 1e-5))
+
+
 def test_derivatives_of_derivatives() -> None:
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((6, 4), (4,), (4,))]
     for _ in range(2):

@@ -372,3 +372,13 @@ def test_buffers_of_any_dtype_follow_in_place(dtype: Any) -> None:
     torch.testing.assert_close(layer.running_mean, (0.1 * x.mean(0)).to(dtype), rtol=1e-2, atol=1e-3)
     with torch.inference_mode():
         bt.BatchNorm1d(3)(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_evaluation_follows_the_buffers(dtype: Any) -> None:
+    layer, x = bt.BatchNorm1d(3, dtype=dtype).eval(), torch.randn(8, 3, dtype=torch.float64)
+    for mean, var in ((0.5, 4.0), (-1.5, 0.25), (2.0, 1.0)):
+        layer.running_mean.fill_(mean)
+        layer.running_var.fill_(var)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), (x - mean) / (var + 1e-5) ** 0.5)

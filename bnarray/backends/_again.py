@@ -31,7 +31,7 @@ from bnarray.backends._strided import (
 from bnarray.dispatch import Array, Transform
 from bnarray.kernels.cpu import gate, grad_input, grad_sums, memory, moments, whole
 from bnarray.layout import features_shape, split
-from bnarray.stats import RunningStats, is_number
+from bnarray.stats import Moments, RunningStats, is_number
 
 Vector: TypeAlias = npt.NDArray[np.float64]
 Vectors: TypeAlias = npt.NDArray[np.float64]  # a row each for mean, m2, weight and bias
@@ -47,6 +47,7 @@ class Library(NamedTuple):
     place: Callable[[Array | None], int]  # what compiled code takes for an array: its memory's address, or NumPy's id
     empty_like: Callable[[Array], Array]
     empty: Callable[..., Array]  # of a shape and dtype
+    vector: Callable[[Array], Vector]  # a per-feature array's values, together, in float64
     is_contiguous: Callable[[Array], bool]
     is_object: bool  # whether `place` is NumPy's id
 
@@ -80,12 +81,12 @@ class _Again:
         #: Of weight and bias, and so of their gradients.
         self.dtypes = tuple(None if each is None else each.dtype for each in (call.weight, call.bias))
 
-    def writes(self, out: Any, stats: RunningStats | None, *others: Array | None) -> bool:
+    def writes(self, out: Any, stats: RunningStats | Moments | None, *others: Array | None) -> bool:
         """Whether out can be written at once: laid out as here, apart from other arrays, and no call that may raise."""
         is_like = self._library.layout(out) == self._layout and self._library.is_free(out, *others)
         return is_like and self._is_sure(stats)
 
-    def _is_sure(self, stats: RunningStats | None) -> bool:
+    def _is_sure(self, stats: Any) -> bool:
         """Whether no numbers in x can keep the call from ending well."""
         return True
 
@@ -162,9 +163,16 @@ class Evaluation(_Again, ABC):
         """What was done to x."""
         return self._transform(vectors, 1)
 
+    def _given(self, stats: RunningStats | Moments) -> tuple[Vector, Vector] | None:
+        """Mean and variance, if they are at hand. (A count of 1 makes m2 a variance.)"""
+        if isinstance(stats, Moments):
+            return self._library.vector(stats.mean), self._library.vector(stats.m2)
+        mean, var = stats.mean_and_var()
+        return (mean, var) if type(mean) is np.ndarray else None
+
     @abstractmethod
     def forward(
-        self, x: Array, weight: Any, bias: Any, stats: RunningStats, out: Array | None
+        self, x: Array, weight: Any, bias: Any, stats: RunningStats | Moments, out: Array | None
     ) -> tuple[Array, Vectors] | None:
         """Return y and the vectors."""
 
@@ -240,11 +248,12 @@ class SmallEvaluation(Evaluation):
         self._entry = self._entered(step)
 
     def forward(
-        self, x: Array, weight: Any, bias: Any, stats: RunningStats, out: Array | None
+        self, x: Array, weight: Any, bias: Any, stats: RunningStats | Moments, out: Array | None
     ) -> tuple[Array, Vectors] | None:
-        mean, var = stats.mean_and_var()
-        if type(mean) is not np.ndarray:
+        given = self._given(stats)
+        if given is None:
             return None
+        mean, var = given
         place, entry = self._library.place, self._entry
         y, vectors = self._result(x, out), np.empty((4, self._size))
         if whole.evaluate.call(
@@ -362,11 +371,12 @@ class SharedEvaluation(Evaluation):
         self._step, self._on_sheet = step, self._sheet()
 
     def forward(
-        self, x: Array, weight: Any, bias: Any, stats: RunningStats, out: Array | None
+        self, x: Array, weight: Any, bias: Any, stats: RunningStats | Moments, out: Array | None
     ) -> tuple[Array, Vectors] | None:
-        mean, var = stats.mean_and_var()
-        if type(mean) is not np.ndarray:
+        given = self._given(stats)
+        if given is None:
             return None
+        mean, var = given
         library = self._library
         y, vectors = self._result(x, out), np.empty((4, self._size))
         whole.begin.call(self._on_sheet, library.place(weight), library.place(bias), vectors, id(mean), id(var))

@@ -345,14 +345,14 @@ def _of_memory(x: Any) -> tuple[Any, ...] | None:
 _NOTHING = (None,)
 
 
-def signature(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Any, ...] | None:
+def signature(x: Tensor, *of_features: Tensor | None) -> tuple[Any, ...] | None:
     """As a verb has it, of tensors that torch need not follow."""
     if x.is_nested or not _has_memory(x) or x.numel() == 0:
         return None
-    of_x = _of_memory(x)
-    of_weight = _NOTHING if weight is None else _of_memory(weight)
-    of_bias = _NOTHING if bias is None else _of_memory(bias)
-    return None if of_x is None or of_weight is None or of_bias is None else (of_x, of_weight, of_bias)
+    found = [_of_memory(x)]
+    for each in of_features:
+        found.append(_NOTHING if each is None else _of_memory(each))
+    return None if None in found else tuple(found)
 
 
 def signature_of_gradient(dy: Tensor, x: Tensor) -> tuple[Any, ...] | None:
@@ -391,6 +391,7 @@ _arrays = _again.Library(
     place=lambda x: memory.NOWHERE if x is None else x.data_ptr(),
     empty_like=empty_like,
     empty=partial(torch.empty, device="cpu"),
+    vector=lambda of_features: vector(of_features, of_features),
     is_contiguous=Tensor.is_contiguous,
     is_object=False,
 )

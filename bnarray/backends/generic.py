@@ -227,7 +227,7 @@ def of_vector(of_features: Array, x: Array, dtype: Any = None) -> Array:
 # -- Calls like one before ---------------------------------------------------------------------------------------------
 
 
-def signature(x: Array, weight: Array | None, bias: Array | None) -> tuple[Any, ...] | None:
+def signature(x: Array, *of_features: Array | None) -> tuple[Any, ...] | None:
     """Return what of the arrays checks and plans follow from; None if they are to be made every time."""
     return None
 
@@ -242,9 +242,9 @@ def again(call: Any) -> Any:
 
     It has the methods ``forward(x, weight, bias, stats, out)`` -> (y, vectors), ``transform(vectors)`` -> `Transform`
     and ``backward(dy, signature_of_gradient, x, vectors, out)`` -> (dx, dweight, dbias). None from them means that
-    nothing was done, but for what out then holds. Before an out is passed, ``is_sure(stats)`` is asked whether no
-    numbers in x can make the call raise, and ``takes(out, ...)`` whether out is memory as these calls have it, apart
-    from that of other arrays, which nothing keeps from being written.
+    nothing was done, but for what out then holds. Before an out is passed, ``writes(out, stats, ...)`` is asked whether
+    it is memory as these calls have it, apart from that of other arrays, and whether no numbers in x can make the call
+    raise.
     """
     return None
 

@@ -229,19 +229,18 @@ def update_stats(
     return shaped(new[0], mean.shape), shaped(new[1], mean.shape)
 
 
-def signature(x: ndarray, weight: Any, bias: Any) -> tuple[Any, ...] | None:
+def signature(x: ndarray, *of_features: Any) -> tuple[Any, ...] | None:
     if type(x) is not np.ndarray or x.size == 0:
         return None
-    of_weight = of_bias = None
-    if weight is not None:
-        if type(weight) is not np.ndarray:
+    found: list[Any] = [x.dtype, x.shape, x.strides]
+    for each in of_features:
+        if each is None:
+            found.append(None)
+        elif type(each) is np.ndarray:
+            found += each.dtype, each.shape, each.strides
+        else:
             return None
-        of_weight = weight.dtype, weight.shape, weight.strides
-    if bias is not None:
-        if type(bias) is not np.ndarray:
-            return None
-        of_bias = bias.dtype, bias.shape, bias.strides
-    return x.dtype, x.shape, x.strides, of_weight, of_bias
+    return tuple(found)
 
 
 def _layout(x: Any) -> tuple[Any, ...] | None:
@@ -260,6 +259,7 @@ _arrays = _again.Library(
     place=id,
     empty_like=np.empty_like,
     empty=np.empty,
+    vector=_contiguous,
     is_contiguous=lambda array: array.flags.c_contiguous,
     is_object=True,
 )

@@ -43,6 +43,7 @@ from bnarray.backends._torch_tensors import (
 )
 from bnarray.backends.generic import array_namespace, namespaces, plain, widest, widest_on
 from bnarray.dispatch import Capabilities
+from bnarray.stats import Moments
 
 CAPABILITIES = Capabilities(
     dtypes=("float16", "bfloat16", "float32", "float64"),
@@ -91,14 +92,15 @@ def _is_followed(*tensors: Any) -> bool:
     return False
 
 
-def signature(x: Tensor, weight: Any, bias: Any) -> tuple[Any, ...] | None:
-    of_tensors = _torch_tensors.signature(x, weight, bias)
-    return of_tensors and (_is_followed(x, weight, bias), of_tensors)
+def signature(x: Tensor, *of_features: Any) -> tuple[Any, ...] | None:
+    of_tensors = _torch_tensors.signature(x, *of_features)
+    return of_tensors and (_is_followed(x, *of_features), of_tensors)
 
 
 def again(call: Any) -> Any:
     plan = _torch_tensors.again(call)
-    if not _is_followed(call.x, call.weight, call.bias):
+    given = (call.stats.mean, call.stats.m2) if isinstance(call.stats, Moments) else ()
+    if not _is_followed(call.x, call.weight, call.bias, *given):
         return plan
     return _torch_operations.Followed(plan) if isinstance(plan, Training) else None
 

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pytest
 
 import bnarray as bn
-from bnarray.layout import Split, split
+from bnarray.layout import Split, layout, split
 from bnarray.testing import TOLERANCES, assert_close, reference
 from tests.cases import DTYPES, LAYOUTS
 
@@ -106,6 +106,31 @@ def test_few_features_that_lie_together() -> None:
     np.testing.assert_allclose(y, truth.y, rtol=0, atol=1e-13)
     np.testing.assert_allclose(gradients.x, truth.dx, rtol=0, atol=1e-13)
     np.testing.assert_allclose(gradients.weight, truth.dweight, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("lines", "features", "times"), [(2000, 64, 16), (1999, 64, 1), (2400, 33, 30), (300, 600, 1)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_lines_of_few_features_side_by_side(lines: int, features: int, times: int, dtype: str) -> None:
+    """What is seen as one line has the bits of what is not, because its memory does not lie together."""
+    rng = np.random.default_rng(0)
+    x, dy, residual = rng.normal(3, 2, (3, lines, features)).astype(DTYPES[dtype])
+    assert layout(x.shape, (1,), x.strides, element_wise=True).times == times
+    weight, bias = rng.normal(size=(2, features))
+
+    def results(of: Callable[..., npt.NDArray[np.generic]]) -> list[npt.NDArray[np.generic]]:
+        keywords = {"stats": bn.Moments(1, bias + 3, weight**2), "training": False}
+        y, saved = bn.batch_norm_forward(of(x), weight, bias, activation="relu", residual=of(residual), **keywords)
+        found = [y, *bn.batch_norm_backward(of(dy), saved)]
+        y, saved = bn.batch_norm_forward(of(x), weight, bias, **keywords, out=of(x).copy())
+        return [*found, y, bn.batch_norm_backward(of(dy), saved).x]
+
+    def apart(a: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        wide = np.zeros((lines, features + 3), a.dtype)
+        wide[:, :features] = a
+        return wide[:, :features]
+
+    for together, other in zip(results(lambda a: a), results(apart), strict=True):
+        np.testing.assert_array_equal(together, other)
 
 
 def test_constant_feature() -> None:

@@ -163,13 +163,13 @@ def _step(
             *(tiling.family, depth, width, depth * width),
             *(tiling.chunks, tiling.spans, tiling.chunks_per_group, tiling.spans_per_block),
             *(tiling.blocks, tiling.pieces, features_at),
-            *(AHEAD if size >= LARGE else 0, False),
+            *(AHEAD if size >= LARGE else 0, False, seen.times),
         ],
         np.int64,
     )
     is_columns = tiling.family == COLUMNS
     features = prod(features_shape(shape, kept))
-    numbers = tiles * depth * width + vectors * features + (_SUMS + lines) * max(width, MOST) + axes.size
+    numbers = tiles * depth * width + vectors * seen.times * features + (_SUMS + lines) * max(width, MOST) + axes.size
     return Step(
         kernel(tile_type, is_columns, *options),
         partial(kernel, np.float64, is_columns, *options),

@@ -89,6 +89,14 @@ def fill(vectors, count, counts, mean, m2, eps, weight, bias):
 
 
 @machinery
+def repeat(vectors, features):
+    """Write what vectors begin with, of all features, again and again up to their ends."""
+    for numbers in vectors:
+        for c in range(features, numbers.size):
+            numbers[c] = numbers[c - features]
+
+
+@machinery
 def of_features(vectors, first, last):
     """The center, scale and shift of some features."""
     center, scale, shift, _ = vectors

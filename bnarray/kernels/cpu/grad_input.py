@@ -27,6 +27,7 @@ from bnarray.kernels.cpu.coefficients import (
     of_features,
     of_line,
     quiet,
+    repeat,
 )
 from bnarray.kernels.cpu.compiled import (
     Kernel,
@@ -54,7 +55,7 @@ from bnarray.kernels.cpu.memory import (
     widen,
 )
 from bnarray.kernels.cpu.pool import REFUSED
-from bnarray.kernels.cpu.walk import STREAMED, TILE, address_of, carve_place, steps_of, tiles
+from bnarray.kernels.cpu.walk import STREAMED, TILE, TIMES, address_of, carve_place, steps_of, tiles
 
 #: What the statistics were to the elements: constants; their own mean; their weighted mean.
 CONSTANT, BATCH, WEIGHTED = range(3)
@@ -201,15 +202,16 @@ def kernel(dtype, is_columns, gate, statistics):
         added, room = carve(room, grid[TILE] if gate == RELU_ONTO else 0, like)
         kept, room = carve(room, grid[TILE] if gate == RELU_ONTO else 0, like)
         weights, room = carve(room, grid[TILE] if statistics == WEIGHTED else 0, real)
-        commons, room = carve(room, mean.size, real)
-        slopes, room = carve(room, mean.size, real)
-        of_all, room = carve_coefficients(room, mean.size, real)
+        commons, room = carve(room, grid[TIMES] * mean.size, real)
+        slopes, room = carve(room, grid[TIMES] * mean.size, real)
+        of_all, room = carve_coefficients(room, grid[TIMES] * mean.size, real)
         fit = fill(of_all, count, counts, mean, m2, eps, weight, bias)
         if statistics != CONSTANT:
             fit &= fill_slopes(commons, slopes, of_all, count, counts, mean, sum_dz, sum_dz_x)
         if single and not fit:
             counter[REFUSED] = 1
             return
+        repeat((*of_all[:3], commons, slopes), mean.size)
         x_tile, w_tile = tile_of(values, 0), tile_of(weights, 0)
         for _, rows, columns, first, last in tiles(counter, grid, axes, place):
             dy_at, dy_steps = address_of(dy, axes, 2, place), steps_of(axes, 2)

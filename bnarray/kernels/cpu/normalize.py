@@ -15,11 +15,11 @@ from functools import cache
 import numpy as np
 from numba import types
 
-from bnarray.kernels.cpu.coefficients import STATISTICS, carve_coefficients, fill, of_features, of_line
-from bnarray.kernels.cpu.compiled import Kernel, counter, flag, index, indices, mapping, scratch, table
+from bnarray.kernels.cpu.coefficients import STATISTICS, carve_coefficients, fill, of_features, of_line, repeat
+from bnarray.kernels.cpu.compiled import Kernel, counter, flag, in_half_vectors, index, indices, mapping, scratch, table
 from bnarray.kernels.cpu.memory import arithmetic, carve, line, load, narrow, room_in, store, target, widen
 from bnarray.kernels.cpu.pool import REFUSED
-from bnarray.kernels.cpu.walk import STREAMED, TILE, address_of, carve_place, steps_of, tiles
+from bnarray.kernels.cpu.walk import STREAMED, TILE, TIMES, address_of, carve_place, steps_of, tiles
 
 
 @mapping
@@ -47,6 +47,7 @@ def _rows_onto(x_tile, r_tile, y_tile, rows, columns, like, of, relu):
 
 @mapping
 def normalize_columns(x_tile, y_tile, rows, columns, like, of, relu):
+    in_half_vectors(like)
     center, scale, shift = of
     lowest = of[0].dtype.type(0.0 if relu else -np.inf)
     for row in range(rows):
@@ -58,6 +59,7 @@ def normalize_columns(x_tile, y_tile, rows, columns, like, of, relu):
 
 @mapping
 def _columns_onto(x_tile, r_tile, y_tile, rows, columns, like, of, relu):
+    in_half_vectors(like)
     center, scale, shift = of
     lowest = of[0].dtype.type(0.0 if relu else -np.inf)
     for row in range(rows):
@@ -84,10 +86,11 @@ def kernel(dtype, is_columns, onto):
         values, room = carve(room, grid[TILE], like)
         results, room = carve(room, grid[TILE], like)
         added, room = carve(room, grid[TILE] if onto else 0, like)
-        of_all, room = carve_coefficients(room, mean.size, real)
+        of_all, room = carve_coefficients(room, grid[TIMES] * mean.size, real)
         if not fill(of_all, count, counts, mean, m2, eps, weight, bias) and single:
             counter[REFUSED] = 1
             return
+        repeat(of_all[:3], mean.size)
         for _, rows, columns, first, last in tiles(counter, grid, axes, place):
             y_at, y_steps = address_of(y, axes, 2, place), steps_of(axes, 2)
             x_tile = load(address_of(x, axes, 1, place), steps_of(axes, 1), rows, columns, kind, values)

@@ -13,6 +13,8 @@ from bnarray.kernels.cpu.pool import take
 # fmt: on
 #: Bytes ahead at which sums ask for lines, or 0; whether what is written goes past the caches.
 LEAD, STREAMED = 11, 12
+#: How often all features stand side by side in the lines of a tile.
+TIMES = 13
 DOWN, ACROSS, OUTER_AT = range(3)
 
 #: How tiles lie to features, as in `layout`.

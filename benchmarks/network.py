@@ -10,18 +10,17 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numba
-import torch
-from torch import nn
-
-from bnarray.torch import convert
 
 CHANNELS = ((3, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1))  # in, out, stride
 MODULES = ("none", "torch", "bnarray")
 
 
-def network(normalized: bool) -> nn.Sequential:
+def network(normalized: bool) -> Any:
+    from torch import nn
+
     layers: list[nn.Module] = []
     for before, after, stride in CHANNELS:
         layers.append(nn.Conv2d(before, after, 3, stride, 1, bias=False))
@@ -30,19 +29,23 @@ def network(normalized: bool) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS[-1][1], 10))
 
 
-def steps(memory_format: torch.memory_format, training: bool) -> dict[str, Callable[[], None]]:
+def steps(memory_format: Any, training: bool) -> dict[str, Callable[[], None]]:
     """Return a step of the network with each kind of module."""
+    import torch
+
+    from bnarray.torch import convert
+
     x = torch.randn(32, 3, 64, 64).contiguous(memory_format=memory_format)
     labels = torch.arange(32) % 10
     by_torch = network(True)
     networks = dict(zip(MODULES, (network(False), by_torch, convert(copy.deepcopy(by_torch))), strict=True))
 
-    def step(model: nn.Module) -> Callable[[], None]:
+    def step(model: torch.nn.Module) -> Callable[[], None]:
         model.to(memory_format=memory_format).train(training)
 
         def train() -> None:
             model.zero_grad(set_to_none=True)
-            nn.functional.cross_entropy(model(x), labels).backward()
+            torch.nn.functional.cross_entropy(model(x), labels).backward()
 
         return train if training else torch.no_grad()(lambda: model(x))
 
@@ -63,6 +66,8 @@ def measure(turns: dict[str, Callable[[], None]], rounds: int) -> dict[str, floa
 
 
 def main() -> None:
+    import torch
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)

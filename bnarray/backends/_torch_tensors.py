@@ -320,7 +320,8 @@ def _strides(x: Tensor) -> tuple[int, ...]:
 def _team() -> pool.Team:
     """torch's own threads, where they are an OpenMP runtime's that takes work from others."""
     try:
-        return openmp.Crew(torch._C.__file__, torch.get_num_threads)
+        # (The documentation is built with a stand-in for torch, whose path is none of a library.)
+        return openmp.Crew(str(torch._C.__file__), torch.get_num_threads)
     except (OSError, AttributeError):
         return pool.helpers
 

@@ -132,19 +132,56 @@ def test_a_call_handed_over(run_python: Callable[..., str]) -> None:
     """It is made once, or taken back; a kernel that raises is told of."""
     code = """
 post, unpack = handover.handover(kernel)
-mail, counter, own = np.zeros(handover.SIZE, np.int64), np.zeros(2, np.int64), np.zeros(64, np.uint8)
+mail, own = np.zeros(handover.SIZE, np.int64), np.zeros(64, np.uint8)
+counter = np.zeros(pool.WORDS, np.int64)
+counter[pool.END], counter[pool.SEATS] = 9, 1
 at = mail.ctypes.data
 for _ in range(2):
-    post.call(at, 5, 1, unpack.address, kernel.address, counter, own, 1)
+    post.call(at, 5, 1, unpack.address, kernel.address, handover.NOBODY, counter, own, 1)
     handover.serve.call(at, 10)
-    print(counter[0], own[0], mail[handover.STATE], mail[handover.FAILED])
-post.call(at, 5, 1, unpack.address, kernel.address, counter, own, 1)
+    print(counter[pool.NEXT], own[0], mail[handover.STATE], mail[handover.FAILED])
+post.call(at, 5, 1, unpack.address, kernel.address, handover.NOBODY, counter, own, 1)
 print(handover.settle.call(at, 10), mail[handover.STATE])
 handover.serve.call(at, 10)
 mail[handover.STATE] = handover.TAKEN
-print(counter[0], handover.settle.call(at, 10))
+print(counter[pool.NEXT], handover.settle.call(at, 10))
 """
     assert run_python(FAILING + code) == "1 7 0 0\n2 7 0 1\nTrue 0\n2 False\n"
+
+
+SHARING = """
+import numpy as np
+from numba import types
+from bnarray.kernels.cpu import pool
+from bnarray.kernels.cpu.compiled import Kernel, counter, index, scratch
+
+def in_order(counter, scratch, pieces, order):
+    begun = 0
+    piece = pool.take(counter)
+    while piece < pieces:
+        order[counter[pool.SEAT], begun] = piece
+        begun += 1
+        piece = pool.take(counter)
+results = types.Array(types.int64, 2, "C")
+kernel = Kernel("in_order", types.void(counter, scratch, index, results), in_order)
+"""
+
+
+def test_threads_have_shares(run_python: Callable[..., str]) -> None:
+    """A thread takes its own pieces first and then the others', so that one that never comes is not missed."""
+    code = """
+order = np.full((3, 11), -1)
+counters = pool._shares(3, 10).copy()
+kernel.call(counters[1], np.empty(8, np.uint8), 10, order)
+kernel.call(counters[2], np.empty(8, np.uint8), 10, order)
+print(order[1].tolist(), (order[[0, 2]] == -1).all())
+for pieces in (1, 2, 3, 7, 64, 1000):
+    order = np.full((4, pieces), -1)
+    pool.run(kernel, pieces, 64, pieces, order, owners=())
+    print(sorted(order[order >= 0].tolist()) == list(range(pieces)), end=" ")
+"""
+    expected = "[3, 4, 5, 6, 7, 8, 9, 0, 1, 2, -1] True\n" + "True " * 6
+    assert run_python(SHARING + code, NUMBA_NUM_THREADS="4") == expected
 
 
 def test_a_kernel_that_fails(run_python: Callable[..., str]) -> None:

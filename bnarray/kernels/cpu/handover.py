@@ -17,9 +17,10 @@ from numba.extending import intrinsic
 from bnarray.kernels.cpu.compiled import Kernel, flag, index, machinery, named
 from bnarray.kernels.cpu.memory import view
 
-#: A mailbox: the state of its post, whose it is, how many threads may make the call and how many came, the addresses of
-#: what unpacks it and of the kernel, whether that raised; then the arguments.
-STATE, OWNER, SEATS, CAME, UNPACK, KERNEL, FAILED, ARGUMENTS = range(8)
+#: A mailbox: the state of its post, whose it is, how many threads may make the call, the addresses of a C function that
+#: numbers them (or NOBODY), of what unpacks it and of the kernel, whether that raised; then the arguments.
+STATE, OWNER, SEATS, NUMBERED, UNPACK, KERNEL, FAILED, ARGUMENTS = range(8)
+NOBODY = 0
 
 #: How many integers a mailbox takes: there is room for the arguments of any kernel.
 SIZE = 512
@@ -81,6 +82,18 @@ def _put(typingctx, address, room, value):
 
 
 @intrinsic
+def _number_by(typingctx, function):
+    """Call the C function without parameters at an address; return its int."""
+
+    def codegen(context, builder, signature, args):
+        small, word = ir.IntType(32), ir.IntType(64)
+        function = builder.inttoptr(args[0], ir.FunctionType(small, []).as_pointer())
+        return builder.sext(builder.call(function, []), word)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
 def call_at(typingctx, function, arguments):
     """Call the compiled function at an address; return whether it raised nothing."""
 
@@ -97,7 +110,7 @@ def call_at(typingctx, function, arguments):
 class Handover(NamedTuple):
     """What posts calls of a kernel (and tells whether the mailbox was free), and what a thread unpacks them with.
 
-    Threads that make one call together, each of which takes a seat, have a part of its scratch memory each.
+    Threads that make one call together have a part of its counters and scratch memory each.
     """
 
     post: Kernel
@@ -118,21 +131,23 @@ def _handover(kinds: tuple[Any, ...]) -> Handover:
 
     def unpack(at):
         mail = view(at, SIZE, 0)
-        seat, seats = add(at + 8 * CAME, 1), mail[SEATS]
+        seat, seats = 0, mail[SEATS]
+        if mail[NUMBERED] != NOBODY:
+            seat = _number_by(mail[NUMBERED])
         if seat < seats:
             arguments = get(at + 8 * ARGUMENTS)
-            scratch = arguments[1]
-            room = scratch.size // seats
-            own = scratch[seat * room : (seat + 1) * room]
-            if not call_at(mail[KERNEL], (*arguments[:1], own, *arguments[2:])):
+            counters, scratch = arguments[0], arguments[1]
+            words, room = counters.size // seats, scratch.size // seats
+            own = counters[seat * words : (seat + 1) * words], scratch[seat * room : (seat + 1) * room]
+            if not call_at(mail[KERNEL], (*own, *arguments[2:])):
                 mail[FAILED] = 1
 
     @machinery
-    def put(at, owner, seats, unpack, kernel, arguments):
+    def put(at, owner, seats, unpack, kernel, numbered, arguments):
         if not _exchange(at + 8 * STATE, NOTHING, WRITTEN):
             return False
         mail = view(at, SIZE, 0)
-        mail[OWNER], mail[SEATS], mail[CAME] = owner, seats, 0
+        mail[OWNER], mail[SEATS], mail[NUMBERED] = owner, seats, numbered
         mail[UNPACK], mail[KERNEL], mail[FAILED] = unpack, kernel, 0
         if not _put(at + 8 * ARGUMENTS, 8 * (SIZE - ARGUMENTS), arguments):
             raise MemoryError("a kernel has more arguments than a mailbox has room for")
@@ -142,14 +157,15 @@ def _handover(kinds: tuple[Any, ...]) -> Handover:
     names = ", ".join(f"argument{i}" for i in range(len(kinds)))
     written: dict[str, Any] = {"put": put, "__name__": __name__}
     exec(
-        f"def post(at, owner, seats, unpack, kernel, {names}): return put(at, owner, seats, unpack, kernel, ({names}))",
+        f"def post(at, owner, seats, unpack, kernel, numbered, {names}):\n"
+        f"    return put(at, owner, seats, unpack, kernel, numbered, ({names}))",
         written,
     )
 
     digest = hashlib.sha256(str(kinds).encode()).hexdigest()[:16]
     named(f"put_{digest}", put.py_func)
     return Handover(
-        Kernel(f"post_{digest}", flag(index, index, index, index, index, *kinds), written["post"]),
+        Kernel(f"post_{digest}", flag(index, index, index, index, index, index, *kinds), written["post"]),
         Kernel(f"unpack_{digest}", types.void(index), unpack),
     )
 

@@ -31,15 +31,17 @@ class Crew:
     OSError
         If there is no such library.
     AttributeError
-        If the runtime has no function that starts a parallel region.
+        If the runtime has no function that starts a parallel region, or none that numbers its threads.
     """
 
     def __init__(self, path: str, threads: Callable[[], int]) -> None:
         # By this name GCC enters a parallel region; the runtimes of LLVM and Intel have it too, but for Windows' and
         # Apple's.
-        self._parallel: Any = ctypes.CDLL(path).GOMP_parallel
+        library = ctypes.CDLL(path)
+        self._parallel: Any = library.GOMP_parallel
         self._parallel.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
         self._parallel.restype = None
+        self._numbered = ctypes.cast(library.omp_get_thread_num, ctypes.c_void_p).value
         self._threads = threads
         self._is_forked = False
         if hasattr(os, "register_at_fork"):
@@ -53,14 +55,15 @@ class Crew:
         return min(pool.threads(), self._threads())
 
     def share(
-        self, number: int, kernel: Kernel, counter: Any, room: int, arguments: tuple[Any, ...], owners: object
+        self, number: int, kernel: Kernel, counters: Any, room: int, arguments: tuple[Any, ...], owners: object
     ) -> None:
         if self._is_forked:
-            pool.helpers.share(number, kernel, counter, room, arguments, owners)
+            pool.helpers.share(number, kernel, counters, room, arguments, owners)
             return
         mail, scratch = np.zeros(handover.SIZE, np.int64), np.empty(number * room, np.uint8)
         at, (post, unpack) = mail.ctypes.data, handover.handover(kernel)
-        post.call(at, 0, number, unpack.address, kernel.address, counter, scratch, *arguments)
+        together = counters.reshape(-1), scratch
+        post.call(at, 0, number, unpack.address, kernel.address, self._numbered, *together, *arguments)
         # All of the library's threads, of which some find no seat: for fewer the runtime would end the others.
         self._parallel(handover.join.c_address, at, self._threads(), 0)
         if mail[handover.FAILED]:

@@ -1,4 +1,4 @@
-"""Threads. The pieces of a kernel's work are taken from a shared counter by whoever is free.
+"""Threads. Each has a share of the pieces of a kernel's work, neighbours in memory; who is done helps the others.
 
 Not by Numba's own threads: its workqueue layer aborts the process when two Python threads enter it at once, its OpenMP
 layer kills a forked child that does and, when another program holds a core, waits for the worker that lost it. Here the
@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from queue import SimpleQueue
 from typing import Any, Protocol
 
@@ -23,9 +24,16 @@ import numpy as np
 
 from bnarray.kernels.cpu import handover
 from bnarray.kernels.cpu.compiled import Kernel, machinery
+from bnarray.kernels.cpu.handover import NOBODY
+from bnarray.kernels.cpu.memory import view
 
-#: What a counter holds: the next piece, and whether a kernel refused because float32 does not do for its data.
-NEXT, REFUSED = range(2)
+#: What a thread's counter holds: the next piece of its share and where that ends, whether a kernel refused because
+#: float32 does not do for its data, the thread's number and how many there are. Counters lie side by side, in a line of
+#: the cache each.
+NEXT, END, REFUSED, SEAT, SEATS = range(5)
+WORDS = 8
+
+_ENDLESS = 2**62
 
 # Looks (12 ns on an Intel Xeon) after which a helper sleeps (waking it takes the caller 30 µs, and 80 until it works),
 # and after which a caller sleeps in between (another program may have the core of the helper that it waits for). With
@@ -35,8 +43,35 @@ _NEXT_CALL, _LAST_PIECE = 40_000, 4_000
 
 @machinery
 def take(counter):
-    """The number of a piece that nobody has taken yet."""
-    return handover.add(counter.ctypes.data + 8 * NEXT, 1)
+    """The number of a piece that nobody has taken yet: of the thread's share first, then of the others'."""
+    seat, seats = counter[SEAT], counter[SEATS]
+    for other in range(seats):
+        at = counter.ctypes.data + 8 * WORDS * ((seat + other) % seats - seat)
+        piece = handover.add(at + 8 * NEXT, 1)
+        if piece < view(at, WORDS, 0)[END]:
+            return piece
+    return _ENDLESS
+
+
+@machinery
+def begin(counter):
+    """Let one thread have all pieces."""
+    counter[NEXT], counter[END], counter[REFUSED], counter[SEAT], counter[SEATS] = 0, _ENDLESS, 0, 0, 1
+
+
+@lru_cache(maxsize=256)
+def _shares(number: int, pieces: int) -> Any:
+    """The counters of so many threads at the outset.
+
+    Shares are the same in every kernel and call, so that a thread finds in its caches what it had in hand before, and
+    seldom writes to lines that another one reads: 0.55 to 0.85 of the time of pieces taken in turn (two threads of an
+    AMD Zen 5; (32, 64, 56, 56) 0.57 to 0.68).
+    """
+    counters = np.zeros((number, WORDS), np.int64)
+    ends = [pieces * (seat + 1) // number for seat in range(number)] if number > 1 else [_ENDLESS]
+    counters[:, NEXT], counters[:, END] = [0, *ends[:-1]], ends
+    counters[:, SEAT], counters[:, SEATS] = range(number), number
+    return counters
 
 
 _is_serial: ContextVar[bool] = ContextVar("bnarray_serial", default=False)
@@ -97,7 +132,7 @@ class Team(Protocol):
         """Return how many may take part."""
 
     def share(
-        self, number: int, kernel: Kernel, counter: Any, room: int, arguments: tuple[Any, ...], owners: object
+        self, number: int, kernel: Kernel, counters: Any, room: int, arguments: tuple[Any, ...], owners: object
     ) -> None:
         """Call the kernel from so many threads; `room` and `owners` are as in `run`."""
 
@@ -129,25 +164,25 @@ class Helpers:
         return threads()
 
     def share(
-        self, number: int, kernel: Kernel, counter: Any, room: int, arguments: tuple[Any, ...], owners: object
+        self, number: int, kernel: Kernel, counters: Any, room: int, arguments: tuple[Any, ...], owners: object
     ) -> None:
         wanted = number - 1
         if len(self.hired) < wanted:
             self._grow(wanted)
         post, unpack = handover.handover(kernel)
-        call, found = next(self._calls), 0
+        call, found = next(self._calls), 1  # the caller is the first
         scratches = [np.empty(room, np.uint8) for _ in range(number)]
-        work = counter, scratches, arguments, owners
+        work = counters, scratches, arguments, owners
         try:
             for helper in self.hired:
-                own = scratches[found]
-                if post.call(helper.address, call, 1, unpack.address, kernel.address, counter, own, *arguments):
+                own = counters[found], scratches[found]
+                if post.call(helper.address, call, 1, unpack.address, kernel.address, NOBODY, *own, *arguments):
                     helper.held = work
                     helper.wake()
                     found += 1
-                    if found == wanted:
+                    if found == number:
                         break
-            kernel.call(counter, scratches[wanted], *arguments)
+            kernel.call(counters[0], scratches[0], *arguments)
         finally:
             failed = self._end(call, work)
         if failed:
@@ -181,10 +216,10 @@ def run(kernel: Kernel, pieces: int, room: int, *arguments: Any, owners: object,
     Return whether none of them refused. Each has `room` bytes of scratch memory. The arguments hold addresses; `owners`
     keep alive what is there.
     """
-    counter = np.zeros(2, np.int64)
     number = min(team.size(), pieces) if pieces > 1 else 1
+    counters = _shares(number, pieces).copy()
     if number > 1:
-        team.share(number, kernel, counter, room, arguments, owners)
+        team.share(number, kernel, counters, room, arguments, owners)
     else:
-        kernel.call(counter, np.empty(room, np.uint8), *arguments)
-    return not counter[REFUSED]
+        kernel.call(counters[0], np.empty(room, np.uint8), *arguments)
+    return not counters[:, REFUSED].any()

@@ -9,11 +9,11 @@ through. On larger arrays, where threads share the work, the parts of a call are
 import numpy as np
 from numba import types
 
-from bnarray.kernels.cpu import features
+from bnarray.kernels.cpu import features, pool
 from bnarray.kernels.cpu.compiled import Kernel, index, indices, machinery, number, partials, scratch, table, vector
 from bnarray.kernels.cpu.handover import call_at
 from bnarray.kernels.cpu.memory import FLOAT32, FLOAT64, NOWHERE, carve, data_of, read, room_in, view, write
-from bnarray.kernels.cpu.pool import REFUSED
+from bnarray.kernels.cpu.pool import REFUSED, WORDS
 
 #: What is on a sheet: the kernel's address, whether arrays come as NumPy's objects (or as their memory), the kinds of
 #: x's and dy's elements, whether ReLU, the kinds of weight and bias (or NONE), the count.
@@ -40,9 +40,9 @@ def _item(kind):
 
 @machinery
 def _carve_counter(room):
-    """A counter at 0, and the room that is left."""
-    counter, room = carve(room, 2, 0)
-    counter[:] = 0
+    """A counter for one thread, and the room that is left."""
+    counter, room = carve(room, WORDS, 0)
+    pool.begin(counter)
     return counter, room
 
 

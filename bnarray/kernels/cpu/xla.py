@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 from bnarray.kernels.cpu.compiled import Kernel, index, machinery, results, vector
 from bnarray.kernels.cpu.handover import call_at
 from bnarray.kernels.cpu.memory import read, view, write
-from bnarray.kernels.cpu.pool import REFUSED
+from bnarray.kernels.cpu.pool import REFUSED, WORDS, begin
 
 # Of a frame, in words of eight bytes. The sizes are the smallest that hold all that is read.
 _FRAME_WORDS, _FRAME_EXTENSION, _FRAME_API, _ARGUMENTS, _RESULTS, _ATTRIBUTES = 21, 1, 2, 7, 12, 17
@@ -138,8 +138,8 @@ def _fetch(frame, what, at, size):
 def _step(note, number, at):
     """What every kernel begins with: counter, scratch memory (both at an address), grid and axes; and the kernel."""
     step = note[STEPS + number * STEP_WORDS : STEPS + (number + 1) * STEP_WORDS]
-    counter, scratch = view(at, 2, 0), view(at + 64, step[ROOM], np.uint8(0))
-    counter[:] = 0
+    counter, scratch = view(at, WORDS, 0), view(at + 8 * WORDS, step[ROOM], np.uint8(0))
+    begin(counter)
     rows, columns = step[AXES_ROWS], step[AXES_COLUMNS]
     axes = view(step[AXES], rows * columns, 0).reshape((rows, columns))
     return step[KERNEL], (counter, scratch, view(step[GRID], step[GRID_SIZE], 0), axes)

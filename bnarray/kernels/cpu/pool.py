@@ -222,4 +222,4 @@ def run(kernel: Kernel, pieces: int, room: int, *arguments: Any, owners: object,
         team.share(number, kernel, counters, room, arguments, owners)
     else:
         kernel.call(counters[0], np.empty(room, np.uint8), *arguments)
-    return not counters[:, REFUSED].any()
+    return 1 not in counters[:, REFUSED].tolist()  # (`any` took 0.8 µs, this 0.1)
